@@ -1,0 +1,231 @@
+"""The seam between the core and its implementations: what a model does, what it is told, what it shows.
+
+A model performs one denoising step. Logits never cross this line, for one step makes 256 x 262,144 of them; what crosses
+is a ``CanvasView`` of a few kilobytes. This file is the only place where a backend is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .config import UNSET, GenerationConfig, ModelConfig
+from .errors import BackendError, OptionError
+
+if TYPE_CHECKING:
+    from .formats import Checkpoint
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Which canvas positions are given. Arrays are int32 [C] token ids, ``UNSET`` (-1) where free; ``None`` is all free.
+
+    Args:
+        init: replaces the random start token.
+        clamp: held for the whole block: the model reads it, the result shows it, no rule counts it.
+        renoise_from: what a rejected position returns to, instead of a fresh random token.
+        banned: ids that cannot appear before position ``banned_until``.
+    """
+
+    init: Array | None = None
+    clamp: Array | None = None
+    renoise_from: Array | None = None
+    banned: tuple[int, ...] = ()
+    banned_until: int = 0
+
+    def checked(self, canvas_length: int, vocab_size: int) -> Masks:
+        """Itself, when every array has the canvas's shape and every id is in the vocabulary."""
+        for name in ("init", "clamp", "renoise_from"):
+            mask = getattr(self, name)
+            if mask is None:
+                continue
+            if np.shape(mask) != (canvas_length,):
+                raise OptionError(f"{name} has shape {np.shape(mask)}, a canvas here has ({canvas_length},) positions")
+            if np.min(mask) < UNSET or np.max(mask) >= vocab_size:
+                raise OptionError(f"{name} holds {np.min(mask)}..{np.max(mask)}, ids run from -1 to {vocab_size - 1}")
+        return self
+
+
+@dataclass(frozen=True)
+class CanvasSpec:
+    """One row of one block: how it is sampled, from which noise, and what is given.
+
+    ``seed`` is 64 bits; ``block`` and ``attempt`` (a new try at the same block) only choose the noise.
+    """
+
+    settings: GenerationConfig
+    seed: int
+    block: int = 0
+    attempt: int = 0
+    masks: Masks = Masks()
+
+    def decided(self, canvas_length: int) -> bool:
+        """True when every position is clamped, so that no step is needed."""
+        clamp = self.masks.clamp
+        return clamp is not None and bool((np.asarray(clamp)[:canvas_length] != UNSET).all())
+
+
+@dataclass(frozen=True)
+class CanvasView:
+    """What one step shows, per row. Arrays are [B, C] but ``done`` and ``steps``, which are [B].
+
+    Args:
+        canvas: int32 ids that the next step reads: accepted draws, fresh noise elsewhere.
+        argmax: int32 ids of the draft; of a finished row, its result.
+        accepted: bool, drawn tokens kept by the entropy bound.
+        entropy: float32 nats, of the temperature-shaped distribution.
+        confidence: float32 probability of the argmax.
+        done: bool, the row has stopped. steps: int32, steps it took.
+    """
+
+    canvas: Array
+    argmax: Array
+    accepted: Array
+    entropy: Array
+    confidence: Array
+    done: Array
+    steps: Array
+
+
+class Cache(Protocol):
+    """Keys and values of what has been read so far: ragged, each row starts at position 0 of its own slots."""
+
+    @property
+    def lengths(self) -> Array: ...  # int64 [B], tokens held per row
+
+    @property
+    def nbytes(self) -> int: ...
+
+    scores: Array | None  # float32 [B, L] log p of the tokens of the last encode(score=True), nan where there is none
+
+    def select(self, rows: Sequence[int]) -> Cache:
+        """A cache of these rows, in this order."""
+        ...
+
+    def concat(self, other: Cache) -> Cache:
+        """A cache with the rows of both."""
+        ...
+
+
+class Model(Protocol):
+    """What ``load`` returns. ``State`` is the backend's own record of one block in progress."""
+
+    config: ModelConfig
+
+    def describe(self) -> dict[str, Any]:
+        """Backend, device, dtype, kernels, weight bytes, and every approximation in force."""
+        ...
+
+    def encode(
+        self, tokens: Array, cache: Any = None, *, lengths: Array | None = None, score: bool = False
+    ) -> Any:
+        """Read ``tokens`` [B, L] causally; the cache is extended in place and returned, a new one if none is given.
+
+        ``lengths`` [B]: how many tokens of each row count, 0 leaves a row untouched. ``score`` sets ``cache.scores``.
+        """
+        ...
+
+    def begin(self, cache: Any, specs: Sequence[CanvasSpec], *, commit: tuple[Array, Array] | None = None) -> Any:
+        """Start a block, one spec per row; ``commit`` (tokens [B, C], lengths [B]) is read into the cache first."""
+        ...
+
+    def step(self, state: Any) -> Any:
+        """One denoising step, submitted and not waited for."""
+        ...
+
+    def read(self, state: Any) -> CanvasView:
+        """The only wait: what the last step made."""
+        ...
+
+    def inspect(
+        self, cache: Any, canvas: Array, *, previous: Array | None = None, want: Sequence[str] = ("logits",)
+    ) -> Mapping[str, Array]:
+        """One forward that explains itself.
+
+        Args:
+            canvas: int ids [B, C].
+            previous: float32 [B, C, V], the shaped logits of the step before, for the self-conditioning.
+            want: of ``logits`` float32 [B, C, V], ``hidden`` float32 [B, C, D] after the last norm, ``router``
+                int32 [B, layers, C, k] (the experts chosen, best first), ``router_probabilities`` float32
+                [B, layers, C, E].
+        """
+        ...
+
+
+class Backend(Protocol):
+    """A backend package: ``load`` builds a model on a device, ``memory`` says how much it may use there."""
+
+    def load(self, checkpoint: Checkpoint, *, device: str, dtype: str | None) -> Model: ...
+
+    def memory(self, device: str) -> int: ...  # bytes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend by its public name: package, device, what must be installed, and the extra that installs it."""
+
+    name: str
+    package: str
+    device: str
+    needs: str
+    extra: str
+
+
+CHOICES = {
+    "mlx": Choice("mlx", "mlx_diffgemma.mlx_backend", "auto", "mlx", "mlx"),
+    "cuda": Choice("cuda", "cuda_backend", "cuda", "torch", "cuda"),
+    "cpu": Choice("cpu", "cuda_backend", "cpu", "torch", "cuda"),
+    "reference": Choice("reference", "mlx_diffgemma.reference", "cpu", "numpy", "test"),
+}
+
+
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def has_gpu() -> bool:
+    """True where torch is installed and sees an NVIDIA GPU."""
+    return installed("torch") and bool(importlib.import_module("torch").cuda.is_available())
+
+
+def choose(name: str = "auto") -> Choice:
+    """The backend for ``name``; ``auto`` is MLX on Apple silicon, CUDA with a GPU, else what is installed.
+
+    Raises:
+        OptionError: unknown name.
+        BackendError: not installed; the message names the extra.
+    """
+    if name == "auto":
+        return _automatic()
+    if name not in CHOICES:
+        raise OptionError(f"backend={name!r} is unknown; choose auto, {', '.join(CHOICES)}")
+    choice = CHOICES[name]
+    if not installed(choice.needs):
+        raise BackendError(f"backend {name!r} needs {choice.needs}: pip install 'mlx-diffgemma[{choice.extra}]'")
+    if name == "cuda" and not has_gpu():
+        raise BackendError("backend 'cuda' needs an NVIDIA GPU that torch can see; backend 'cpu' runs without one")
+    return choice
+
+
+def _automatic() -> Choice:
+    if sys.platform == "darwin" and installed("mlx"):
+        return CHOICES["mlx"]
+    if has_gpu():
+        return CHOICES["cuda"]
+    for name in ("mlx", "cpu"):
+        if installed(CHOICES[name].needs):
+            return CHOICES[name]
+    raise BackendError("no backend is installed: pip install 'mlx-diffgemma[mlx]' or 'mlx-diffgemma[cuda]'")
+
+
+def implementation(choice: Choice) -> Backend:
+    """Import the backend's package."""
+    return importlib.import_module(choice.package)  # type: ignore[return-value]

@@ -1,0 +1,26 @@
+"""The NumPy model: the specification that runs. One row at a time, fp32, every position kept, no shortcuts.
+
+Read ``network.py`` to learn what DiffusionGemma computes, ``model.py`` for what a denoising step is.
+"""
+
+from __future__ import annotations
+
+from ..backend import CHOICES
+from ..errors import OptionError
+from ..formats import Checkpoint
+from ..machine import free_memory
+from .model import ReferenceModel
+from .network import Network
+
+
+def load(checkpoint: Checkpoint, *, device: str = "cpu", dtype: str | None = None) -> ReferenceModel:
+    """Read all weights as float32."""
+    assert device == CHOICES["reference"].device
+    if dtype not in (None, "float32"):
+        raise OptionError(f"dtype={dtype!r}: the reference computes in float32 only")
+    weights = {name: checkpoint.read(name).astype("float32") for name in checkpoint.table}
+    return ReferenceModel(checkpoint.config, Network(checkpoint.config.text, weights))
+
+
+def memory(device: str) -> int:
+    return free_memory()

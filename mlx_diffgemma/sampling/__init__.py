@@ -1,0 +1,1 @@
+"""Noise, the rules of acceptance and stopping, and the one denoising loop."""
