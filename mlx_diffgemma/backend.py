@@ -124,6 +124,10 @@ class Model(Protocol):
         """Backend, device, dtype, kernels, weight bytes, and every approximation in force."""
         ...
 
+    def peak_memory(self) -> int:
+        """Most bytes in use so far, as the backend counts them."""
+        ...
+
     def encode(
         self, tokens: Array, cache: Any = None, *, lengths: Array | None = None, score: bool = False
     ) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import machine
 from ..backend import CanvasSpec, CanvasView
 from ..config import UNSET, ModelConfig
 from ..sampling import rules
@@ -74,6 +75,9 @@ class ReferenceModel:
             "weight_bytes": sum(w.nbytes for w in self.network.weights.values()),
             "approximations": [],
         }
+
+    def peak_memory(self) -> int:
+        return machine.peak_memory()
 
     def encode(
         self,

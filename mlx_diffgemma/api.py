@@ -1,0 +1,180 @@
+"""load, generate, stream_generate, batch_generate: the library in four functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from . import hub
+from .backend import Choice, Masks, Model, choose, implementation
+from .config import GenerationConfig, ModelConfig
+from .errors import MemoryBudgetError, OptionError
+from .events import Block, Draft, Event, Finished
+from .formats import open_checkpoint
+from .prompts.processor import Processor, Prompt
+from .sampling import engine
+from .sampling.noise import fresh_seed
+
+HEADROOM = 1.1  # weights times this must fit: activations and the cache of a short prompt
+
+
+def load(
+    model: str, *, backend: str = "auto", dtype: str | None = None, revision: str | None = None
+) -> tuple[Model, Processor]:
+    """Load a checkpoint.
+
+    Args:
+        model: a hub name, a folder, or ``demo`` (packaged, 4 MB).
+        backend: ``auto``, ``mlx``, ``cuda``, ``cpu`` (torch) or ``reference`` (NumPy).
+        dtype: ``bfloat16`` or ``float32``; the checkpoint's own by default.
+        revision: branch, tag or commit of a hub repository.
+
+    Returns:
+        The model and its processor, as ``generate`` takes them.
+
+    Raises:
+        FileNotFoundError: nothing under that name. UserError: it cannot be read or cannot run here (see ``errors``).
+    """
+    choice = choose(backend)
+    if dtype not in (None, "bfloat16", "float32"):
+        raise OptionError(f"dtype={dtype!r} must be bfloat16 or float32")
+    code = implementation(choice)
+
+    def fits(config: ModelConfig, stored: int) -> None:
+        check_fit(choice, stored * _growth(config, choice, dtype), code.memory(choice.device))
+
+    checkpoint = open_checkpoint(hub.resolve(model, fits, revision))
+    processor = Processor.from_folder(checkpoint.folder, checkpoint.generation)
+    return code.load(checkpoint, device=choice.device, dtype=dtype), processor
+
+
+def _growth(config: ModelConfig, choice: Choice, dtype: str | None) -> float:
+    """Bytes in memory by bytes on disk."""
+    stored = 4 if "32" in config.dtype else 2
+    wanted = {"float32": 4, "bfloat16": 2, None: stored}["float32" if choice.name == "reference" else dtype]
+    return wanted / stored
+
+
+def check_fit(choice: Choice, needed: float, free: int) -> None:
+    """Raise ``MemoryBudgetError`` when ``needed`` bytes of weights cannot fit into ``free`` (0 = unknown, passes)."""
+    if free and needed * HEADROOM > free:
+        raise MemoryBudgetError(
+            f"the model needs {needed * HEADROOM / 1e9:.1f} GB on backend {choice.name!r}, {free / 1e9:.1f} GB are free; "
+            "close other programs, use a machine with more memory, or a smaller checkpoint"
+        )
+
+
+def generate(model: Model, processor: Processor, prompt: Prompt, **options: Any) -> Finished:
+    """Answer one prompt: a string, or one list of messages. Options as in ``stream_generate``."""
+    return batch_generate(model, processor, [prompt], **options)[0]
+
+
+def batch_generate(model: Model, processor: Processor, prompts: Sequence[Prompt], **options: Any) -> list[Finished]:
+    """Answer several prompts in one batch; results in their order. Row r draws from seed + r, as a call of its own would."""
+    if isinstance(prompts, str):
+        raise OptionError("prompts is a string; batch_generate takes a list of prompts, generate takes one")
+    requests, render = _prepare(model, processor, prompts, options)
+    results = [event for event in map(render, engine.run(model, engine.fixed(requests))) if isinstance(event, Finished)]
+    return sorted(results, key=lambda result: result.row)
+
+
+def stream_generate(model: Model, processor: Processor, prompt: Prompt, **options: Any) -> Iterator[Event]:
+    """Answer one prompt and report every step: ``Draft``, ``Block`` and ``Finished`` events as they happen.
+
+    Args:
+        prompt: a string, or one list of ``{"role": ..., "content": ...}`` messages.
+        max_tokens: most visible tokens; whole canvases are denoised and the result is cut.
+        seed: 64-bit; ``None`` draws one and reports it in ``stats``.
+        stop: a text, or several, that end the answer and are cut off.
+        enable_thinking: the template's thinking mode; ``None`` leaves it to the template.
+        system: a system message put before the prompt.
+        masks: ``Masks`` per block, what the canvases are given.
+        max_denoising_steps, t_min, t_max, entropy_bound, stability_threshold, confidence_threshold, temperature:
+            see ``GenerationConfig``; the checkpoint's own by default.
+
+    Raises:
+        OptionError: an unknown option, a value out of range, a prompt beyond the context. Raised by the call, not by
+            the first event. Closing the iterator cancels within one step.
+    """
+    requests, render = _prepare(model, processor, [prompt], options)
+    return map(render, engine.run(model, engine.fixed(requests)))
+
+
+def _prepare(model: Model, processor: Processor, prompts: Sequence[Prompt], options: dict[str, Any]):
+    """The requests of a call, and the function that puts text into their events."""
+    options = dict(options)
+    seed = _seed(options.pop("seed", None))
+    stop = _stops(options.pop("stop", None))
+    masks = tuple(options.pop("masks", None) or ())
+    thinking, system = options.pop("enable_thinking", None), options.pop("system", None)
+    settings = processor.generation.replace(**options)
+    for mask in masks:
+        mask.checked(model.config.canvas_length, model.config.text.vocab_size)
+    requests = []
+    for row, prompt in enumerate(prompts):
+        ids = processor.prompt_ids(prompt, enable_thinking=thinking, system=system)
+        check_context(model.config, len(ids), settings)
+        ended = (lambda tokens: _cut(processor.parse(tokens).text, stop)[1]) if stop else None
+        requests.append(engine.Request(row, ids, settings, (seed + row) % 2**64, masks, ended))
+    return requests, Renderer(processor, settings, stop).render
+
+
+def _seed(seed: Any) -> int:
+    if seed is None:
+        return fresh_seed()
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+        raise OptionError(f"seed={seed!r} must be a whole number from 0 to 2^64 - 1")
+    return seed
+
+
+def _stops(stop: Any) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if not all(isinstance(text, str) and text for text in texts):
+        raise OptionError(f"stop={stop!r} must be a text or a list of texts, none empty")
+    return texts
+
+
+def check_context(config: ModelConfig, prompt: int, settings: GenerationConfig) -> None:
+    """Raise ``OptionError`` when prompt and answer together exceed the context."""
+    context, canvas = config.text.max_position_embeddings, config.canvas_length
+    needed = prompt + -(-settings.max_tokens // canvas) * canvas
+    if needed > context:
+        raise OptionError(
+            f"the prompt has {prompt:,} tokens and max_tokens={settings.max_tokens:,} needs {needed - prompt:,} more; "
+            f"the context holds {context:,}: shorten the prompt or lower max_tokens"
+        )
+
+
+def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """``text`` before the first of ``stops``, and whether there was one."""
+    places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+class Renderer:
+    """Adds text to events. Keeps, per row, the visible ids and the text already given out."""
+
+    def __init__(self, processor: Processor, settings: GenerationConfig, stop: Sequence[str]):
+        self.processor, self.settings, self.stop = processor, settings, stop
+        self.tokens: dict[int, tuple[int, ...]] = {}
+        self.told: dict[int, str] = {}
+
+    def render(self, event: Event) -> Event:
+        before, told = self.tokens.get(event.row, ()), self.told.get(event.row, "")
+        if isinstance(event, Draft):
+            return dataclasses.replace(event, text=self.answer(before + self.visible(event.argmax.tolist())))
+        if isinstance(event, Block):
+            self.tokens[event.row] = before + event.tokens
+            text = self.answer(self.tokens[event.row])
+            self.told[event.row] = text
+            return dataclasses.replace(event, text=text.removeprefix(told))
+        parsed = self.processor.parse(event.tokens)
+        return dataclasses.replace(event, text=_cut(parsed.text, self.stop)[0], thinking=parsed.thinking)
+
+    def visible(self, canvas: list[int]) -> tuple[int, ...]:
+        end = next((i for i, id in enumerate(canvas) if id in self.settings.eos_token_ids), len(canvas))
+        return tuple(canvas[:end])
+
+    def answer(self, ids: tuple[int, ...]) -> str:
+        return _cut(self.processor.parse(ids).text, self.stop)[0]
