@@ -1,0 +1,38 @@
+"""The PyTorch implementation, on an NVIDIA GPU or a CPU: plain operations, every number in Hugging Face's precision.
+
+Read ``network.py`` for what is computed, ``cache.py`` for where keys and values lie, ``step.py`` for a denoising step.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mlx_diffgemma.errors import OptionError
+from mlx_diffgemma.formats import Checkpoint
+from mlx_diffgemma.machine import free_memory
+
+from .load import read_weights
+from .model import TorchModel
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load(checkpoint: Checkpoint, *, device: str, dtype: str | None = None) -> TorchModel:
+    """Read the weights, tensor by tensor, to ``device`` ("cpu", "cuda" or "cuda:1").
+
+    ``dtype`` is "bfloat16" or "float32"; None keeps the checkpoint's.
+
+    Raises:
+        OptionError: another dtype.
+    """
+    name = dtype or checkpoint.dtype
+    if name not in DTYPES:
+        raise OptionError(f"dtype={name!r} cannot be computed in here; choose {' or '.join(DTYPES)}")
+    place = torch.device(device)
+    return TorchModel(checkpoint.config, read_weights(checkpoint, place, DTYPES[name]), place, DTYPES[name])
+
+
+def memory(device: str) -> int:
+    """Bytes that a model may still take on ``device``."""
+    place = torch.device(device)
+    return free_memory() if place.type == "cpu" else torch.cuda.mem_get_info(place)[0]
