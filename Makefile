@@ -1,0 +1,52 @@
+# Everything runs in .venv, which the first target that needs it makes. Needed beforehand: make and Python 3.11 or newer.
+PYTHON ?= python3
+JOBS ?= 2
+PIP = .venv/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+# The Linux wheel of MLX links a slow reference BLAS; MKL, where it is installed, takes its place.
+MKL = $$(ls $(CURDIR)/.venv/lib/libmkl_rt.so.* 2>/dev/null | head -n 1)
+RUN = LD_PRELOAD="$(MKL)" .venv/bin/python
+
+.PHONY: setup demo test soak bench lint clean
+
+setup: .venv/.test
+
+demo: .venv/.demo
+	$(RUN) demo/run.py
+
+test: .venv/.test
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --durations 10
+
+soak: .venv/.test
+	$(RUN) -m pytest -m soak
+
+bench: .venv/.test .venv-bench/.ready
+	LD_PRELOAD="$(MKL)" .venv-bench/bin/python benchmarks/peers.py
+
+lint: .venv/.test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv .venv-bench dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/it")'
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e '.[mlx]'
+	touch $@
+
+# torch first and alone: where a CPU build of 2.13.0 is offered, pip takes it; a looser range would fetch CUDA.
+.venv/.test: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[mlx,test]'
+	touch $@ .venv/.demo
+
+# The peers have an environment of their own: their dependencies must not leak into the tests.
+.venv-bench/.ready: pyproject.toml | .venv/bin/python
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --disable-pip-version-check --quiet -e '.[mlx]' mlx-vlm==0.7.10
+	touch $@

@@ -1,0 +1,1 @@
+"""Converters between checkpoint formats. NumPy only, so that they run on any machine."""
