@@ -1,0 +1,1 @@
+"""What a person sees: drafts painted in place, settled text as plain text."""
