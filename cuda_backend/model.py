@@ -59,6 +59,7 @@ class TorchModel:
         ids = np.asarray(tokens, np.int64)
         counts = np.full(len(ids), ids.shape[1], np.int64) if lengths is None else np.asarray(lengths, np.int64)
         cache = cache or TorchCache(self.config, len(ids), self.device, self.dtype)
+        assert ids.shape[:1] == counts.shape == cache.lengths.shape, "one row of tokens per row of the cache"
         streams = []
         for start in range(0, int(counts.max(initial=0)), CHUNK):
             width = min(CHUNK, int(counts.max()) - start)

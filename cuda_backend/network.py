@@ -6,6 +6,7 @@ float32, everything else in the model's dtype. Source: transformers 5.23, ``mode
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -84,7 +85,7 @@ class Network:
     def dtype(self) -> torch.dtype:
         return self.weights.embed_tokens.dtype
 
-    @property
+    @functools.cached_property
     def scale(self) -> float:
         """sqrt(D), rounded to the embedding's dtype: 53.0 for 2,816 in bfloat16."""
         return torch.tensor(self.config.hidden_size**0.5).to(self.dtype).item()
