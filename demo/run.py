@@ -85,7 +85,11 @@ class Board:
     def settle(self, outcome: Outcome) -> None:
         mark = Text("✓", RIGHT) if outcome.right else Text("✗", WRONG)
         answer = fold([(harmless(outcome.result.text), shade.PLAIN)], self.room())
-        answer[-1].append("   " + cost(outcome.result), FAINT)
+        figure = cost(outcome.result)
+        if answer[-1].cell_len + len(figure) + 3 > self.room():
+            answer.append(Text(figure, FAINT))
+        else:
+            answer[-1].append("   " + figure, FAINT)
         if not outcome.right:
             answer += fold([("expected\n" + outcome.example.answer, FAINT)], self.room())
         self.painter.draw([], Text("\n").join(self.rows(mark, outcome.example, answer)))

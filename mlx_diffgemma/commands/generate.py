@@ -170,8 +170,8 @@ def table(model: Model, result: dict[str, Any]) -> str:
             ("prompt", f"{stats['prompt_tokens']} tokens"),
             ("time", f"{stats['seconds']:.2f} s, {rate:.0f} tokens per second"),
             (
-                "draft",
-                f"after {stats['time_to_first_draft']:.2f} s, first block after {stats['time_to_first_block']:.2f} s",
+                "waited",
+                f"{stats['time_to_first_draft']:.2f} s for a draft, {stats['time_to_first_block']:.2f} s for a block",
             ),
             ("steps", f"{steps} in {stats['blocks']} block{'s' if stats['blocks'] != 1 else ''}"),
             ("per step", f"{stats['milliseconds_per_step']:.1f} ms, {stats['tokens_per_forward']:.1f} tokens"),

@@ -102,9 +102,9 @@ class Speller:
 
 def _without_label(text: str, channel: Channel) -> tuple[str, Channel]:
     """``text`` less what it shares with the rest of the label."""
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(text, channel.label)) if a != b), min(len(text), len(channel.label))
-    )
+    shared = 0
+    while shared < min(len(text), len(channel.label)) and text[shared] == channel.label[shared]:
+        shared += 1
     rest = channel.label[shared:] if shared == len(text) else ""
     return text[shared:], Channel(channel.thought, rest)
 
