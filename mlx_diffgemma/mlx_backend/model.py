@@ -53,6 +53,7 @@ class MLXModel:
         cache.scores = np.full(tokens.shape, np.nan, np.float32) if score else None
         # What lies behind a row's end is never stored, but it is embedded: any id will do.
         ids = np.where(np.arange(tokens.shape[1]) < counts[:, None], tokens, 0).astype(np.int32)
+        cache.reserve(int((cache.lengths + counts).max()))
         for start in range(0, int(counts.max()), CHUNK):
             stop = min(start + CHUNK, int(counts.max()))
             part = np.clip(counts - start, 0, stop - start)

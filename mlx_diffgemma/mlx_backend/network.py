@@ -122,12 +122,11 @@ class Network:
         return h * scalar, chosen.reshape(*h.shape[:2], -1), odds.reshape(*h.shape[:2], -1)
 
     def encode(self, tokens: mx.array, cache: MLXCache, counts: np.ndarray, *, hidden: bool) -> mx.array | None:
-        """Causal pass over one chunk [B, T] behind the cache, which takes its keys, values and ``counts`` [B] tokens.
+        """Causal pass over one chunk [B, T]; the cache, which has room for it, takes ``counts`` [B] tokens per row.
 
         Hidden states [B, T, D] after the last norm come back when asked for; else the last layer only makes its keys.
         """
         chunk = plan_chunk(cache.lengths, counts, tokens.shape[1], self.config.sliding_window)
-        cache.reserve(chunk.total)
         rotations = self.rotations(cache.lengths[:, None] + np.arange(tokens.shape[1]))
         h, last = self.embed(tokens), self.config.num_hidden_layers - 1
         for i, kept in enumerate(cache.layers):
@@ -167,7 +166,7 @@ class Network:
         return self.table[tokens] * self.scale
 
     def condition(self, x: mx.array, soft: mx.array | None) -> mx.array:
-        """Mix in the soft embedding of the step before. Without one the branch is exactly zero; the norm always runs."""
+        """Mix in the soft embedding of the step before. Without one that is exactly zero; the norm always runs."""
         at = f"{DECODER}.self_conditioning"
         return self.bare_norm(x if soft is None else x + self.gated_mlp(self.norm(soft, f"{at}.pre_norm"), at))
 

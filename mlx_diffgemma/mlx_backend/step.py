@@ -77,7 +77,7 @@ def begin(network: Network, config: ModelConfig, cache: MLXCache, specs: Sequenc
     length, vocab, rows = config.canvas_length, config.text.vocab_size, len(specs)
     assert rows == len(cache.lengths), (rows, len(cache.lengths))
     settings, masks = [s.settings for s in specs], [s.masks.checked(length, vocab) for s in specs]
-    steps = max(s.max_denoising_steps for s in settings)
+    steps = max(s.max_denoising_steps for s in settings)  # tables of rows with a lower cap repeat, unread
     noise = block_noise(specs, steps=steps, length=length, vocab_size=vocab)
     clamp = _ids([m.clamp for m in masks], length)
     decided = [spec.decided(length) for spec in specs]
@@ -172,7 +172,8 @@ def _given(mask: mx.array, otherwise: mx.array) -> mx.array:
 
 def _ids(masks: Sequence[np.ndarray | None], length: int) -> mx.array:
     """int32 [B, C], -1 where a row gives nothing."""
-    return mx.array(np.stack([np.full(length, UNSET, np.int32) if m is None else np.asarray(m, np.int32) for m in masks]))
+    unset = np.full(length, UNSET, np.int32)
+    return mx.array(np.stack([unset if mask is None else np.asarray(mask, np.int32) for mask in masks]))
 
 
 def _ban(specs: Sequence[CanvasSpec], vocab_size: int) -> Ban | None:

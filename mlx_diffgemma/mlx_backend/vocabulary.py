@@ -1,7 +1,7 @@
 """What a step does with its logits, a slice of canvas rows at a time, so that they never exist as a whole.
 
-One pass over a slice gives the argmax, the draw, entropy, confidence and the soft embedding. Each logit costs one tanh
-and one exp (two in bfloat16, whose soft embedding starts from rounded logits); everything else is a cheap reduction.
+A slice gives the argmax, the draw, entropy, confidence and the soft embedding. Each logit costs one tanh and one exp
+(two in bfloat16, whose soft embedding starts from rounded logits); everything else is a cheap reduction.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .network import Network, softcap
+from .network import Network
 
 SLICE_ELEMENTS = 8 * 2**20  # most elements of a float32 temporary: 32 MiB
 FAR = -1e30  # a banned logit: weight exactly 0, yet 0 * FAR is a number
@@ -79,7 +79,7 @@ def _read_rows(
     network: Network, hidden: mx.array, temperature: mx.array, uniform: mx.array, banned: mx.array | None
 ) -> list[mx.array]:
     """The fields of ``Reading`` for rows [N, D]; ``temperature`` [N, 1], ``uniform`` [N], ``banned`` bool [N, V]."""
-    shaped = softcap((hidden @ network.table.T).astype(mx.float32), network.config.final_logit_softcapping) / temperature
+    shaped = network.logits(hidden) / temperature
     if banned is not None:
         shaped = mx.where(banned, FAR, shaped)
     top = shaped.max(-1, keepdims=True)
@@ -92,7 +92,7 @@ def _read_rows(
     spread = (weight[:, None] @ shifted[..., None])[:, 0]
     return [
         mx.argmax(shifted, -1).astype(mx.int32),
-        _draw(runs, upto, uniform),
+        draw(runs, upto, uniform),
         (mx.log(total) - spread / total)[:, 0],
         (1 / total)[:, 0],
         _soften(network, shaped, weight, total),
@@ -111,7 +111,7 @@ def run_length(vocab_size: int) -> int:
     return min(vocab_size & -vocab_size, LONGEST_RUN)
 
 
-def _draw(runs: mx.array, upto: mx.array, uniform: mx.array) -> mx.array:
+def draw(runs: mx.array, upto: mx.array, uniform: mx.array) -> mx.array:
     """``rules.draw`` in two levels: the run in which the cumulated weight passes the target, then the place in it.
 
     ``runs`` [N, R, L] are weights in vocabulary order, ``upto`` [N, R] the sums to the end of each run; int32 [N].
