@@ -11,7 +11,7 @@ from rich.style import Style
 from rich.text import Text
 
 from ..config import GenerationConfig
-from ..events import Block, Draft, Event
+from ..events import Block, Draft, Event, Finished
 from ..prompts.processor import Processor
 from . import shade
 from .painter import Painter
@@ -41,28 +41,35 @@ def live_console(file: TextIO) -> Console | None:
     return None if not console.is_terminal or console.is_dumb_terminal or console.legacy_windows else console
 
 
+def rest(finished: Finished, told: str) -> str:
+    """What the answer has beyond its blocks' texts: an end that was held back because a stop text might follow."""
+    return finished.text[len(told) :] if finished.text.startswith(told) else ""
+
+
 class StreamView:
     """Writes each block's text as it finishes, and nothing else. Made harmless only where a terminal reads it."""
 
     def __init__(self, file: TextIO):
         self.file = file
-        self._last = ""
+        self.text = ""
 
     def wait(self, message: str) -> None:
         pass
 
     def show(self, event: Event) -> None:
-        if isinstance(event, Block) and event.text:
+        if isinstance(event, Block):
             self._write(event.text)
+        elif isinstance(event, Finished):
+            self._write(rest(event, self.text))
 
     def close(self) -> None:
-        if self._last and not self._last.endswith("\n"):
+        if self.text and not self.text.endswith("\n"):
             self._write("\n")
 
     def _write(self, text: str) -> None:
         self.file.write(harmless(text) if self.file.isatty() else text)
         self.file.flush()
-        self._last = text
+        self.text += text
 
 
 class SilentView:
@@ -104,7 +111,11 @@ class LiveView:
         if isinstance(event, Draft):
             self._draft(event)
         elif isinstance(event, Block):
-            self._settle(event)
+            pieces, self.channel = self.speller.pieces(event.tokens, self.channel)
+            self.tokens += len(event.tokens)
+            self._settle([piece for piece in pieces if piece.thought], event.text)
+        elif more := rest(event, self.text):
+            self._settle([], more)
 
     def close(self) -> None:
         text = _text(self._open)
@@ -115,23 +126,23 @@ class LiveView:
         ids = draft.argmax.tolist()
         ids = ids[: min(self.speller.visible(ids), max(self.settings.max_tokens - self.tokens, 0))]
         pieces, _ = self.speller.pieces(ids, self.channel, draft)
-        whole = self.text + "".join(piece.text for piece in pieces if not piece.thought)
-        if draft.text != whole and whole.startswith(draft.text):
-            pieces = shade.cut(pieces, len(draft.text) - len(self.text))  # a stop text ends the answer
+        drawn = "".join(piece.text for piece in pieces if not piece.thought)
+        wanted = draft.text[len(self.text) :] if draft.text.startswith(self.text) else drawn
+        if drawn.startswith(wanted):
+            pieces = shade.cut(pieces, len(wanted))  # a stop text ends the answer
+        elif wanted.endswith(drawn):
+            pieces = [shade.Piece(wanted.removesuffix(drawn)), *pieces]  # what the block before held back
         width = self.console.width
         rows = fold([*self._open, *shade.runs(pieces, self.shades)], width)
         self._status = self._figures(draft, len(ids), width)
         self.painter.draw([*rows, self._status])
 
-    def _settle(self, block: Block) -> None:
-        pieces, self.channel = self.speller.pieces(block.tokens, self.channel)
-        thought = [piece for piece in pieces if piece.thought]
-        self.text += block.text
-        self.tokens += len(block.tokens)
-        runs = [*self._open, *shade.runs(thought, self.shades)]
-        if block.text:
+    def _settle(self, thoughts: list[shade.Piece], text: str) -> None:
+        self.text += text
+        runs = [*self._open, *shade.runs(thoughts, self.shades)]
+        if text:
             between = "\n" if runs and runs[-1][1] == shade.THOUGHT and not runs[-1][0].endswith("\n") else ""
-            runs.append((between + harmless(block.text), shade.PLAIN))
+            runs.append((between + harmless(text), shade.PLAIN))
         lines, self._open = _split(runs)
         waiting = fold(self._open, self.console.width) if self._open else []
         self.painter.draw([*waiting, self._status], _text(lines) if lines else None)

@@ -7,6 +7,7 @@ import re
 import pytest
 from rich.style import Style
 
+from mlx_diffgemma.events import Finished
 from mlx_diffgemma.terminal import shade
 from mlx_diffgemma.terminal.live import StreamView
 from mlx_diffgemma.terminal.text import fold, harmless
@@ -84,6 +85,22 @@ def test_no_more_than_max_tokens_and_the_stop_text():
     terminal = Terminal()
     terminal.view().show(draft("hello STOP world", text="hello "))
     assert visible(terminal.screen)[0] == "hello"
+
+
+def test_an_end_that_was_held_back_comes_with_the_result():
+    finished = Finished(0, (), (), "length", text="one ST")
+    terminal, plain = Terminal(), Terminal()
+    view, stream = terminal.view(), StreamView(plain)
+    for each in (view, stream):
+        each.show(block("one ST", text="one "))
+        each.show(draft("OP", block=1, text="one "))
+    assert visible(terminal.screen)[0] == "one"
+    view.show(draft("ART", block=1, text="one START"))
+    assert visible(terminal.screen)[0] == "one START"
+    for each in (view, stream):
+        each.show(finished)
+        each.close()
+    assert visible(terminal.screen) == visible(plain.screen) == ["one ST"]
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(80, 6), (13, 24), (7, 4), (200, 50)])
