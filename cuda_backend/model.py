@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlx_diffgemma import machine
 from mlx_diffgemma.backend import CanvasSpec, CanvasView
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import OptionError
@@ -39,6 +40,10 @@ class TorchModel:
             "weight_bytes": self.network.weights.nbytes,
             "approximations": [],
         }
+
+    def peak_memory(self) -> int:
+        """Most bytes in use so far: torch's own count on a GPU, the process's on a CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else machine.peak_memory()
 
     # ---- reading
 
