@@ -13,7 +13,8 @@ class Stats:
 
     Args:
         forwards: denoising steps of this row, over all blocks; ``steps_per_block`` lists them.
-        tokens_per_forward: visible tokens by ``forwards``.
+        tokens_per_forward: tokens that are not padding, the end token and what is cut off included, by ``forwards``;
+            as transformers counts them.
         milliseconds_per_step: wall time of the denoising loops by the steps they took.
         peak_memory: bytes, as the backend counts them; 0 where it does not.
     """

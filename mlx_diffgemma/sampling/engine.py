@@ -186,7 +186,8 @@ def _settle(model: Model, row: Progress, argmax: np.ndarray, steps: int) -> tupl
 
 
 def _stats(model: Model, row: Progress) -> Stats:
-    forwards = sum(row.steps)
+    forwards, pad = sum(row.steps), row.request.settings.pad_token_id
+    written = sum(int((canvas != pad).sum()) if pad is not None else canvas.size for canvas in row.canvases)
     return Stats(
         prompt_tokens=len(row.request.tokens),
         tokens=len(row.visible),
@@ -197,7 +198,7 @@ def _stats(model: Model, row: Progress) -> Stats:
         forwards=forwards,
         steps_per_block=tuple(row.steps),
         milliseconds_per_step=1000 * row.denoising / forwards if forwards else 0.0,
-        tokens_per_forward=len(row.visible) / forwards if forwards else 0.0,
+        tokens_per_forward=written / forwards if forwards else 0.0,
         peak_memory=model.peak_memory(),
         seed=row.request.seed,
     )

@@ -13,11 +13,11 @@ from ..config import GenerationConfig
 
 
 def temperatures(settings: GenerationConfig) -> np.ndarray:
-    """float32 [N]: the divisor of every step, first step first."""
+    """float32 [N]: the divisor of every step, first step first; in float32 arithmetic, as transformers has it."""
     total = settings.max_denoising_steps
-    remaining = np.arange(total, 0, -1)
-    schedule = settings.t_min + (settings.t_max - settings.t_min) * (remaining / total)
-    return (schedule * (settings.temperature or 1.0)).astype(np.float32)
+    share = np.arange(total, 0, -1, dtype=np.float32) / np.float32(total)
+    schedule = np.float32(settings.t_min) + np.float32(settings.t_max - settings.t_min) * share
+    return schedule * np.float32(settings.temperature or 1.0)
 
 
 def accept(entropy: np.ndarray, bound: float, free: np.ndarray) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Instruments for users and tests: comparing runs, explaining differences."""

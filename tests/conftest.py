@@ -1,0 +1,48 @@
+"""Shared fixtures: the models behind the seam, loaded once, and the record of what was compared."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_diffgemma.backend import choose, implementation
+from mlx_diffgemma.formats import open_checkpoint
+
+BACKENDS = ("reference", "mlx", "cpu")
+REPORT = Path(__file__).parents[1] / "build" / "parity"
+
+
+@functools.lru_cache(maxsize=12)
+def load_model(folder: Path, backend: str, dtype: str | None = None):
+    """A model by folder and backend. A missing backend is a failure, never a skip."""
+    choice = choose(backend)
+    return implementation(choice).load(open_checkpoint(folder), device=choice.device, dtype=dtype)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=("mlx", "cpu"))
+def fast_backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def record(request):
+    """Write a figure beside the test's name; ``tests/parity/table.py`` prints them all."""
+
+    def write(**figures) -> None:
+        REPORT.mkdir(parents=True, exist_ok=True)
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in figures.items()}
+        with (REPORT / f"{worker}.jsonl").open("a") as file:
+            file.write(json.dumps({"test": request.node.name} | plain) + "\n")
+
+    return write
