@@ -36,6 +36,10 @@ class MLXModel:
             "notes": list(self.weights.notes),
         }
 
+    def peak_memory(self) -> int:
+        """Most bytes MLX had allocated at once."""
+        return mx.get_peak_memory()
+
     def encode(
         self,
         tokens: np.ndarray,

@@ -182,3 +182,4 @@ def test_bfloat16_steps():
     while not mlx.read(state).done.all():
         state = mlx.step(state)
     assert state.soft.dtype == mx.bfloat16 and 1 <= mlx.read(state).steps[0] <= 6
+    assert mlx.peak_memory() >= mlx.weights.nbytes
