@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from . import hub
-from .backend import Choice, Masks, Model, choose, implementation
+from .backend import Choice, Model, choose, implementation
 from .config import GenerationConfig, ModelConfig
 from .errors import MemoryBudgetError, OptionError
 from .events import Block, Draft, Event, Finished
@@ -79,7 +79,9 @@ def batch_generate(model: Model, processor: Processor, prompts: Sequence[Prompt]
     return sorted(results, key=lambda result: result.row)
 
 
-def stream_generate(model: Model, processor: Processor, prompt: Prompt, **options: Any) -> Iterator[Event]:
+def stream_generate(
+    model: Model, processor: Processor, prompt: Prompt, **options: Any
+) -> Generator[Event, None, None]:
     """Answer one prompt and report every step: ``Draft``, ``Block`` and ``Finished`` events as they happen.
 
     Args:
@@ -98,10 +100,12 @@ def stream_generate(model: Model, processor: Processor, prompt: Prompt, **option
             the first event. Closing the iterator cancels within one step.
     """
     requests, render = _prepare(model, processor, [prompt], options)
-    return map(render, engine.run(model, engine.fixed(requests)))
+    return (render(event) for event in engine.run(model, engine.fixed(requests)))
 
 
-def _prepare(model: Model, processor: Processor, prompts: Sequence[Prompt], options: dict[str, Any]):
+def _prepare(
+    model: Model, processor: Processor, prompts: Sequence[Prompt], options: dict[str, Any]
+) -> tuple[list[engine.Request], Callable[[Event], Event]]:
     """The requests of a call, and the function that puts text into their events."""
     options = dict(options)
     seed = _seed(options.pop("seed", None))
@@ -153,22 +157,27 @@ def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 
 
 class Renderer:
-    """Adds text to events. Keeps, per row, the visible ids and the text already given out."""
+    """Adds text to events. Keeps, per row, the visible ids and how much of the answer has been given out.
+
+    What a block adds is held back as far as the next block might change it: a tail that could begin a stop text, or a
+    character whose bytes are not all there. The end of the answer follows in ``Finished.text``.
+    """
 
     def __init__(self, processor: Processor, settings: GenerationConfig, stop: Sequence[str]):
         self.processor, self.settings, self.stop = processor, settings, stop
         self.tokens: dict[int, tuple[int, ...]] = {}
-        self.told: dict[int, str] = {}
+        self.told: dict[int, int] = {}
 
     def render(self, event: Event) -> Event:
-        before, told = self.tokens.get(event.row, ()), self.told.get(event.row, "")
+        before = self.tokens.get(event.row, ())
         if isinstance(event, Draft):
             return dataclasses.replace(event, text=self.answer(before + self.visible(event.argmax.tolist())))
         if isinstance(event, Block):
             self.tokens[event.row] = before + event.tokens
-            text = self.answer(self.tokens[event.row])
-            self.told[event.row] = text
-            return dataclasses.replace(event, text=text.removeprefix(told))
+            text, told = self.answer(self.tokens[event.row]), self.told.get(event.row, 0)
+            safe = max(told, len(text) - held_back(text, self.stop))
+            self.told[event.row] = safe
+            return dataclasses.replace(event, text=text[told:safe])
         parsed = self.processor.parse(event.tokens)
         return dataclasses.replace(event, text=_cut(parsed.text, self.stop)[0], thinking=parsed.thinking)
 
@@ -178,3 +187,12 @@ class Renderer:
 
     def answer(self, ids: tuple[int, ...]) -> str:
         return _cut(self.processor.parse(ids).text, self.stop)[0]
+
+
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """Characters at the end of ``text`` that more text could still take away."""
+    longest = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    for stop in stops:
+        starts = (size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size]))
+        longest = max(longest, next(starts, 0))
+    return longest

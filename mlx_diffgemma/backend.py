@@ -54,6 +54,11 @@ class Masks:
         return self
 
 
+def given(mask: Array | None, otherwise: Array) -> Array:
+    """The mask's ids where it has any, ``otherwise`` elsewhere."""
+    return otherwise if mask is None else np.where(np.asarray(mask) == UNSET, otherwise, mask).astype(otherwise.dtype)
+
+
 @dataclass(frozen=True)
 class CanvasSpec:
     """One row of one block: how it is sampled, from which noise, and what is given.
@@ -104,7 +109,7 @@ class Cache(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    scores: Array | None  # float32 [B, L] log p of the tokens of the last encode(score=True), nan where there is none
+    scores: Array | None  # float32 [B, L]: log p of the last encode(score=True), nan in column 0 and padding
 
     def select(self, rows: Sequence[int]) -> Cache:
         """A cache of these rows, in this order."""
@@ -121,7 +126,7 @@ class Model(Protocol):
     config: ModelConfig
 
     def describe(self) -> dict[str, Any]:
-        """Backend, device, dtype, kernels, weight bytes, and every approximation in force."""
+        """Backend, device, dtype, kernels, weight bytes, notes, and every approximation in force."""
         ...
 
     def peak_memory(self) -> int:
@@ -138,11 +143,14 @@ class Model(Protocol):
         ...
 
     def begin(self, cache: Any, specs: Sequence[CanvasSpec], *, commit: tuple[Array, Array] | None = None) -> Any:
-        """Start a block, one spec per row; ``commit`` (tokens [B, C], lengths [B]) is read into the cache first."""
+        """Start a block, one spec per row; ``commit`` (tokens [B, C], lengths [B]) is read into the cache first.
+
+        The state looks into the cache: nothing else may be encoded there until the block is over.
+        """
         ...
 
     def step(self, state: Any) -> Any:
-        """One denoising step, submitted and not waited for."""
+        """One denoising step, submitted and not waited for. Finished rows stay as they are."""
         ...
 
     def read(self, state: Any) -> CanvasView:
@@ -232,4 +240,4 @@ def _automatic() -> Choice:
 
 def implementation(choice: Choice) -> Backend:
     """Import the backend's package."""
-    return importlib.import_module(choice.package)  # type: ignore[return-value]
+    return importlib.import_module(choice.package)

@@ -193,8 +193,10 @@ def _heads(data: Mapping[str, Any], types: tuple[str, ...]) -> tuple[tuple[int, 
 
 
 def _ropes(data: Mapping[str, Any]) -> dict[str, Rope]:
-    sliding = {"rope_type": "default", "rope_theta": 1e4} | dict(data.get(SLIDING, {}))
-    full = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25} | dict(data.get(FULL, {}))
+    sliding: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
+    full: dict[str, Any] = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
+    sliding |= data.get(SLIDING, {})
+    full |= data.get(FULL, {})
     for name, rope, known in ((SLIDING, sliding, "default"), (FULL, full, "proportional")):
         if rope["rope_type"] != known:
             raise ConfigError(f"config.json: rope_type of {name} is {rope['rope_type']!r}, only {known!r} is supported")
@@ -268,8 +270,9 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_denoising_steps"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise OptionError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise OptionError(f"{name}={value!r} must be a whole number of at least 1")
         _number("t_min", self.t_min, least=0)
         _number("t_max", self.t_max, least=0)
         _number("temperature", self.temperature, least=0)

@@ -50,7 +50,8 @@ class Draft:
 
 @dataclass(frozen=True)
 class Block:
-    """A finished canvas: ``canvas`` all its ids [C], ``tokens`` the visible ones, ``text`` what they add to the answer."""
+    """A finished canvas: ``canvas`` all its ids [C], ``tokens`` the visible ones, ``text`` what is now sure to
+    follow in the answer."""
 
     row: int
     block: int

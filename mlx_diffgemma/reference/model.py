@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import machine
-from ..backend import CanvasSpec, CanvasView
+from ..backend import CanvasSpec, CanvasView, given
 from ..config import UNSET, ModelConfig
 from ..sampling import rules
 from ..sampling.noise import BlockNoise, block_noise
@@ -191,11 +191,6 @@ class ReferenceModel:
             found["router"].append(np.stack(choices).astype(np.int32))
             found["router_probabilities"].append(np.stack(odds))
         return {name: np.stack(found[name]) for name in want}
-
-
-def given(mask: np.ndarray | None, otherwise: np.ndarray) -> np.ndarray:
-    """The mask's ids where it has any, ``otherwise`` elsewhere."""
-    return otherwise if mask is None else np.where(np.asarray(mask) == UNSET, otherwise, mask).astype(otherwise.dtype)
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:

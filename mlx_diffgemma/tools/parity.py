@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..backend import Model
-from ..config import GenerationConfig
+from ..backend import CanvasSpec, Model, given
+from ..config import UNSET, GenerationConfig
 from ..events import Draft
 from ..sampling import rules
 from ..sampling.noise import block_noise
@@ -58,53 +58,84 @@ def _stop(a: Draft, b: Draft) -> Difference:
 
 
 def margin(
-    model: Model, prompt: Sequence[int], settings: GenerationConfig, seed: int, drafts: Sequence[Draft], at: Difference
+    models: tuple[Model, Model], prompt: Sequence[int], spec: CanvasSpec, drafts: Sequence[Draft], at: Difference
 ) -> float:
-    """How narrow the decision was, in its own unit; also taken: the nearest router tie of that step's forward.
+    """How narrow the decision was, in its own unit; a router that chose otherwise on the way counts too.
 
-    ``drafts`` are those of either run: up to ``at`` they are the same.
+    Args:
+        models: the two that disagree; the first one's numbers are measured.
+        spec: the row's, in block ``at.block``.
+        drafts: those of either run: up to ``at`` they are the same.
     """
-    tokens = np.array(prompt, np.int32)[None]
-    cache = model.encode(tokens)
-    for block in range(at.block):
-        last = [draft for draft in drafts if draft.block == block][-1]
-        canvas, _ = rules.finish(last.argmax, settings.eos_token_ids, settings.pad_token_id)
-        cache = model.encode(canvas[None], cache)
-    shaped, router_gap, uniform = _replay(model, cache, settings, seed, drafts, at)
-    return min(router_gap, _decision_margin(shaped, uniform, settings, at))
+    left, right = (_replay(model, prompt, spec, drafts, at) for model in models)
+    free = given(spec.masks.clamp, np.full(len(left.shaped), UNSET)) == UNSET
+    decision = _decision_margin(left.shaped, left.uniform, free, spec.settings, at)
+    flipped = (left.router != right.router).any(-1)
+    return min(decision, float(left.gaps[flipped].min()) if flipped.any() else np.inf)
 
 
-def _replay(
-    model: Model, cache: Any, settings: GenerationConfig, seed: int, drafts: Sequence[Draft], at: Difference
-) -> tuple[np.ndarray, float, np.ndarray]:
-    """Shaped logits [C, V] of step ``at``, the smallest router gap on the way there, and the step's uniforms."""
-    text = model.config.text
+@dataclass(frozen=True)
+class Replay:
+    """Shaped logits [C, V] and uniforms [C] of the step; of all its forwards, experts [N, L, C, k], gaps [N, L, C]."""
+
+    shaped: np.ndarray
+    uniform: np.ndarray
+    router: np.ndarray
+    gaps: np.ndarray
+
+
+def _replay(model: Model, prompt: Sequence[int], spec: CanvasSpec, drafts: Sequence[Draft], at: Difference) -> Replay:
+    """The block up to step ``at``, fed with what the drafts say was fed."""
+    text, masks, settings = model.config.text, spec.masks, spec.settings
     noise = block_noise(
-        seed,
-        block=at.block,
-        attempt=0,
+        spec.seed,
+        block=spec.block,
+        attempt=spec.attempt,
         steps=settings.max_denoising_steps,
         length=model.config.canvas_length,
         vocab_size=text.vocab_size,
     )
-    fed = [noise.start] + [draft.canvas for draft in drafts if draft.block == at.block]
-    shaped, gap = None, np.inf
+    start = given(masks.clamp, given(masks.init, noise.start))
+    fed = [start] + [draft.canvas for draft in drafts if draft.block == at.block]
+    cache = _committed(model, prompt, settings, drafts, at.block)
+    shaped, routers, gaps = None, [], []
     for step, temperature in enumerate(rules.temperatures(settings)[: at.step]):
-        found = model.inspect(cache, fed[step][None], previous=shaped, want=("logits", "router_probabilities"))
-        shaped = found["logits"] / temperature
-        ranked = np.sort(found["router_probabilities"], -1)[..., ::-1]
-        if text.top_k_experts < text.num_experts:
-            gap = min(gap, float((ranked[..., text.top_k_experts - 1] - ranked[..., text.top_k_experts]).min()))
+        found = model.inspect(cache, fed[step][None], previous=shaped, want=("logits", "router", "router_probabilities"))
+        logits = np.array(found["logits"])
+        logits[0, : masks.banned_until, list(masks.banned)] = -np.inf
+        shaped = logits / temperature
+        routers.append(found["router"][0])
+        gaps.append(_router_gap(found["router_probabilities"][0], text.top_k_experts))
     assert shaped is not None, "a difference needs a step"
-    return shaped[0], gap, noise.draw[at.step - 1]
+    return Replay(shaped[0], noise.draw[at.step - 1], np.stack(routers), np.stack(gaps))
 
 
-def _decision_margin(shaped: np.ndarray, uniform: np.ndarray, settings: GenerationConfig, at: Difference) -> float:
+def _committed(model: Model, prompt: Sequence[int], settings: GenerationConfig, drafts: Sequence[Draft], block: int) -> Any:
+    """The cache at the start of ``block``."""
+    cache = model.encode(np.array(prompt, np.int32)[None])
+    for earlier in range(block):
+        last = [draft for draft in drafts if draft.block == earlier][-1]
+        canvas, _ = rules.finish(last.argmax, settings.eos_token_ids, settings.pad_token_id)
+        cache = model.encode(canvas[None], cache)
+    return cache
+
+
+def _router_gap(probabilities: np.ndarray, chosen: int) -> np.ndarray:
+    """Distance between the last expert chosen and the first one not, [..., E] -> [...]; infinite if all are chosen."""
+    ranked = np.sort(probabilities, -1)[..., ::-1]
+    if chosen == ranked.shape[-1]:
+        return np.full(ranked.shape[:-1], np.inf)
+    return ranked[..., chosen - 1] - ranked[..., chosen]
+
+
+def _decision_margin(
+    shaped: np.ndarray, uniform: np.ndarray, free: np.ndarray, settings: GenerationConfig, at: Difference
+) -> float:
     where = list(at.positions)
     if at.kind == "argmax":
         best = np.sort(shaped[where], -1)[:, -2:]
         return float((best[:, 1] - best[:, 0]).max())
-    entropy = rules.entropy(shaped)
+    entropy = rules.entropy(shaped[free])
     if at.kind == "stop":
         return abs(float(entropy.mean()) - (settings.confidence_threshold or 0.0))
     if at.kind == "accept":
