@@ -20,8 +20,9 @@ test: .venv/.test
 soak: .venv/.test
 	$(RUN) -m pytest -m soak
 
+# Side by side with the peers, in a few minutes on a quiet machine. BENCH=--quick is what CI runs.
 bench: .venv/.test .venv-bench/.ready
-	LD_PRELOAD="$(MKL)" .venv-bench/bin/python benchmarks/peers.py
+	.venv/bin/python -m benchmarks.peers $(BENCH)
 
 lint: .venv/.test
 	.venv/bin/ruff check .
@@ -45,8 +46,9 @@ clean:
 	$(PIP) -e '.[mlx,test]'
 	touch $@ .venv/.demo
 
-# The peers have an environment of their own: their dependencies must not leak into the tests.
-.venv-bench/.ready: pyproject.toml | .venv/bin/python
+# mlx-vlm has an environment of its own: its dependencies must not leak into the tests.
+.venv-bench/.ready: Makefile constraints.txt | .venv/bin/python
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip install --disable-pip-version-check --quiet -e '.[mlx]' mlx-vlm==0.7.10
+	.venv-bench/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
+		'mlx[cpu]; sys_platform == "linux"' mlx mlx-vlm==0.7.10
 	touch $@
