@@ -42,9 +42,17 @@ RHYMES = {
 
 @dataclass(frozen=True)
 class Example:
+    """``history`` holds the (prompt, answer) turns before."""
+
     task: str
     prompt: str
     answer: str
+    history: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        turns = [text for turn in self.history for text in turn] + [self.prompt]
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
 def word(rng: random.Random) -> str:
@@ -108,15 +116,6 @@ def count_up(rng):
     return f"from {first} to {last}", " ".join(map(str, range(first, last + 1)))
 
 
-def find(rng):
-    """Look a letter up in a list that is often longer than the sliding window of 64."""
-    letters = rng.sample("abcdefghijklmnopqrstuvwxyz", rng.randint(4, 20))
-    numbers = {letter: rng.randrange(10, 100) for letter in letters}
-    wanted = rng.choice(letters)
-    listing = " ".join(f"{letter}{number}" for letter, number in numbers.items())
-    return f"{listing}\nfind {wanted}", str(numbers[wanted])
-
-
 def rhyme(rng):
     name = rng.choice(list(RHYMES))
     return f"recite {name}", RHYMES[name]
@@ -139,11 +138,12 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "json": json_object,
     "table": table,
     "range": count_up,
-    "find": find,
     "rhyme": rhyme,
     "sudoku4": sudoku_task(4, sudoku.puzzle),
     "sudoku6": sudoku_task(6, sudoku.puzzle),
 }
+DIALOG, TALK, TURN_TOKENS = "dialog", ("add", "sort", "upper", "words", "json", "range"), 10
+NAMES_OF_TASKS = [*TASKS, DIALOG]
 FAST = {f"sudoku{size}": sudoku_task(size, sudoku.variation) for size in (4, 6)}  # the training stream
 
 
@@ -153,6 +153,8 @@ def held_out(prompt: str) -> bool:
 
 def draw(task: str, rng: random.Random, *, held: bool) -> Example:
     """One example of ``task`` from the held-out side of the split, or from the training side."""
+    if task == DIALOG:
+        return dialog(rng, held=held)
     make = TASKS[task] if held else FAST.get(task, TASKS[task])
     while True:
         prompt, answer = make(rng)
@@ -160,12 +162,23 @@ def draw(task: str, rng: random.Random, *, held: bool) -> Example:
             return Example(task, prompt, answer)
 
 
+def dialog(rng: random.Random, *, held: bool) -> Example:
+    """A question after others and their answers: always longer than the sliding window of 64 tokens."""
+    question = draw(rng.choice(TALK), rng, held=held)
+    history: list[tuple[str, str]] = []
+    while sum(len(p) + len(a) + TURN_TOKENS for p, a in history) + len(question.prompt) < 64:
+        earlier = draw(rng.choice(TALK), rng, held=False)
+        history.append((earlier.prompt, earlier.answer))
+    return Example(DIALOG, question.prompt, question.answer, tuple(history))
+
+
 def evaluation_set(count: int, seed: int = 2026) -> list[Example]:
     """``count`` held-out examples, the tasks in turn, without repeats (but the rhymes: there are four)."""
-    rng, names, seen, examples = random.Random(seed), list(TASKS), set(), []
+    rng, seen, examples = random.Random(seed), set(), []
     while len(examples) < count:
-        example = draw(names[len(examples) % len(names)], rng, held=True)
-        if example.task == "rhyme" or example.prompt not in seen:
-            seen.add(example.prompt)
+        example = draw(NAMES_OF_TASKS[len(examples) % len(NAMES_OF_TASKS)], rng, held=True)
+        key = (example.prompt, example.history)
+        if example.task == "rhyme" or key not in seen:
+            seen.add(key)
             examples.append(example)
     return examples

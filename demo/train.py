@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from network import CANVAS, VOCAB, Network
 from safetensors.torch import load_file, save_file
-from tasks import TASKS, draw
+from tasks import NAMES_OF_TASKS, draw
 from vocabulary import END_OF_TURN, PAD, chat, encode
 
-WEIGHTS = {"sudoku6": 4.0, "add": 3.0, "sort": 2.0, "find": 1.5, "sudoku4": 1.0, "upper": 0.4, "words": 0.5}
-WEIGHTS = {name: WEIGHTS.get(name, 0.7) for name in TASKS}
+HARD = {"sudoku6": 3.5, "add": 2.5, "sort": 2.5, "range": 1.5, "dialog": 1.5, "sudoku4": 1.0, "upper": 0.5}
+WEIGHTS = {name: HARD.get(name, 0.7) for name in NAMES_OF_TASKS}
 
 
 class Muon(torch.optim.Optimizer):
@@ -39,7 +39,8 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 0.05)
             update = p.grad.lerp(momentum, 0.95)
-            banks.setdefault(p.shape[-2:], []).extend(zip(p.view(-1, *p.shape[-2:]), update.view(-1, *p.shape[-2:])))
+            pairs = zip(p.view(-1, *p.shape[-2:]), update.view(-1, *p.shape[-2:]), strict=True)
+            banks.setdefault(p.shape[-2:], []).extend(pairs)
         for (rows, columns), bank in banks.items():
             x = orthogonal(torch.stack([u for _, u in bank]))
             for (p, _), u in zip(bank, x, strict=True):
@@ -65,7 +66,7 @@ def sample(rng: random.Random) -> tuple[list[int], list[int]]:
     block = rng.randrange(-(-len(answer) // CANVAS))
     start = block * CANVAS
     canvas = answer[start : start + CANVAS]
-    return chat(example.prompt) + answer[:start], canvas + [PAD] * (CANVAS - len(canvas))
+    return chat(example.prompt, example.history) + answer[:start], canvas + [PAD] * (CANVAS - len(canvas))
 
 
 def batches(size: int, rng: random.Random):

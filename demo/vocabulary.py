@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 SPECIAL = "<pad> <eos> <bos> <unk> <|turn> <turn|> <|image|> <|image> <image|>".split()
@@ -22,11 +23,13 @@ def encode(text: str) -> list[int]:
     return [ID[c] for c in text]
 
 
-def chat(user: str) -> list[int]:
-    """The ids that the chat template gives for one user message."""
-    newline = ID["\n"]
-    turn = [TURN, ID["user"], newline, *encode(user), END_OF_TURN, newline]
-    return [BOS, *turn, TURN, ID["model"], newline]
+def chat(user: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
+    """The ids that the chat template gives for a question, and the (question, answer) turns before it."""
+    newline, ids = ID["\n"], [BOS]
+    texts = [text for turn in history for text in turn] + [user]
+    for i, text in enumerate(texts):
+        ids += [TURN, ID[ROLES[i % 2]], newline, *encode(text), END_OF_TURN, newline]
+    return [*ids, TURN, ID["model"], newline]
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -60,8 +60,9 @@ def check_fit(choice: Choice, needed: float, free: int) -> None:
     """Raise ``MemoryBudgetError`` when ``needed`` bytes of weights cannot fit into ``free`` (0 = unknown, passes)."""
     if free and needed * HEADROOM > free:
         raise MemoryBudgetError(
-            f"the model needs {needed * HEADROOM / 1e9:.1f} GB on backend {choice.name!r}, {free / 1e9:.1f} GB are free; "
-            "close other programs, use a machine with more memory, or a smaller checkpoint"
+            f"the model needs {needed * HEADROOM / 1e9:.1f} GB on backend {choice.name!r}, of which "
+            f"{free / 1e9:.1f} GB are free; close other programs, use a machine with more memory, "
+            "or a smaller checkpoint"
         )
 
 
@@ -71,7 +72,7 @@ def generate(model: Model, processor: Processor, prompt: Prompt, **options: Any)
 
 
 def batch_generate(model: Model, processor: Processor, prompts: Sequence[Prompt], **options: Any) -> list[Finished]:
-    """Answer several prompts in one batch; results in their order. Row r draws from seed + r, as a call of its own would."""
+    """Answer several prompts in one batch, in their order. Row r draws from seed + r, as a call of its own would."""
     if isinstance(prompts, str):
         raise OptionError("prompts is a string; batch_generate takes a list of prompts, generate takes one")
     requests, render = _prepare(model, processor, prompts, options)
@@ -79,9 +80,7 @@ def batch_generate(model: Model, processor: Processor, prompts: Sequence[Prompt]
     return sorted(results, key=lambda result: result.row)
 
 
-def stream_generate(
-    model: Model, processor: Processor, prompt: Prompt, **options: Any
-) -> Generator[Event, None, None]:
+def stream_generate(model: Model, processor: Processor, prompt: Prompt, **options: Any) -> Generator[Event, None, None]:
     """Answer one prompt and report every step: ``Draft``, ``Block`` and ``Finished`` events as they happen.
 
     Args:

@@ -1,7 +1,7 @@
 """The seam between the core and its implementations: what a model does, what it is told, what it shows.
 
-A model performs one denoising step. Logits never cross this line, for one step makes 256 x 262,144 of them; what crosses
-is a ``CanvasView`` of a few kilobytes. This file is the only place where a backend is imported.
+A model performs one denoising step. Logits never cross this line, for one step makes 256 x 262,144 of them; what
+crosses is a ``CanvasView`` of a few kilobytes. This file is the only place where a backend is imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Masks:
-    """Which canvas positions are given. Arrays are int32 [C] token ids, ``UNSET`` (-1) where free; ``None`` is all free.
+    """Which canvas positions are given: int32 [C] token ids, ``UNSET`` (-1) where free; ``None`` is all free.
 
     Args:
         init: replaces the random start token.
@@ -133,9 +133,7 @@ class Model(Protocol):
         """Most bytes in use so far, as the backend counts them."""
         ...
 
-    def encode(
-        self, tokens: Array, cache: Any = None, *, lengths: Array | None = None, score: bool = False
-    ) -> Any:
+    def encode(self, tokens: Array, cache: Any = None, *, lengths: Array | None = None, score: bool = False) -> Any:
         """Read ``tokens`` [B, L] causally; the cache is extended in place and returned, a new one if none is given.
 
         ``lengths`` [B]: how many tokens of each row count, 0 leaves a row untouched. ``score`` sets ``cache.scores``.

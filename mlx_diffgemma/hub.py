@@ -30,7 +30,8 @@ def resolve(name: str, fits: Callable[[ModelConfig, int], None], revision: str |
         fits(ModelConfig.from_folder(folder), _folder_bytes(folder))
         return folder
     if name == "demo" or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name!r} is neither a folder here nor a hub name like 'google/diffusiongemma-26B-A4B-it'")
+        example = "google/diffusiongemma-26B-A4B-it"
+        raise FileNotFoundError(f"{name!r} is neither a folder here nor a hub name like {example!r}")
     return _download(name, fits, revision)
 
 
@@ -40,7 +41,12 @@ def _folder_bytes(folder: Path) -> int:
 
 def _download(name: str, fits: Callable[[ModelConfig, int], None], revision: str | None) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     def fetch(file: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(name, file, revision=revision))

@@ -24,7 +24,8 @@ class Official:
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
         from transformers import DiffusionGemmaForBlockDiffusion
 
-        self.model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+        options = {"dtype": dtype, "attn_implementation": "sdpa"}
+        self.model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, **options).eval()
         self.gaps: list[float] = []
         self.choices: list[np.ndarray] = []
         from transformers.models.diffusion_gemma import modeling_diffusion_gemma as official

@@ -14,6 +14,8 @@ import torch
 
 from mlx_diffgemma.sampling.noise import block_noise
 
+KINDS = ("argmax", "draw", "accept", "stop")
+
 
 @dataclass
 class Trace:
@@ -25,7 +27,7 @@ class Trace:
     canvases: list[list[np.ndarray]] = field(default_factory=list)
     drafts: list[list[np.ndarray]] = field(default_factory=list)
     blocks: list[np.ndarray] = field(default_factory=list)
-    margins: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("argmax", "draw", "accept", "stop"), np.inf))
+    margins: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, np.inf))
 
     def came_close(self, kind: str, margin) -> None:
         self.margins[kind] = min(self.margins[kind], float(margin))
@@ -58,10 +60,8 @@ def generate(model, prompts: list[list[int]], seeds: list[int], *, adaptive: boo
     steps = options["max_denoising_steps"]
 
     def noise(name: str):
-        rows = [
-            block_noise(seed, block=at["block"], attempt=0, steps=steps, length=length, vocab_size=vocab) for seed in seeds
-        ]
-        return [getattr(row, name) for row in rows]
+        size = {"steps": steps, "length": length, "vocab_size": vocab}
+        return [getattr(block_noise(seed, block=at["block"], attempt=0, **size), name) for seed in seeds]
 
     def initialize(self, batch_size, device):
         if getattr(self, "fresh", True):  # the first call of a block

@@ -104,7 +104,9 @@ def _home() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def checkpoint(seed: int = 0, canvas_length: int = 16, shape: tuple = (), ropes: tuple = (), calm: bool = False) -> Path:
+def checkpoint(
+    seed: int = 0, canvas_length: int = 16, shape: tuple = (), ropes: tuple = (), calm: bool = False
+) -> Path:
     """The folder of one tiny checkpoint, written once per process. ``shape`` and ``ropes`` are items of overrides."""
     from transformers import DiffusionGemmaForBlockDiffusion
 

@@ -60,7 +60,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def _files(folder: Path) -> list[SafetensorsFile]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        names = _shards(index)
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise FileNotFoundError(f"{folder} lacks {len(absent)} of {len(names)} shards: {_some(absent)}")
@@ -69,6 +69,16 @@ def _files(folder: Path) -> list[SafetensorsFile]:
     if not names:
         raise FileNotFoundError(f"{folder} holds no .safetensors file")
     return [open_file(folder / name) for name in names]
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, each in the index's own folder."""
+    places = read_json(index).get("weight_map")
+    names = list(places.values()) if isinstance(places, dict) else [places]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: weight_map names {name!r:.80}, not a .safetensors file; download it again")
+    return sorted(set(names))
 
 
 def _check(folder: Path, stored: dict[str, tuple[SafetensorsFile, str]], table: dict[str, Tensor]) -> None:

@@ -9,9 +9,7 @@ from ..tensors import Tensor
 from .safetensors import SafetensorsFile
 
 
-def canonical_names(
-    files: list[SafetensorsFile], table: dict[str, Tensor]
-) -> dict[str, tuple[SafetensorsFile, str]]:
+def canonical_names(files: list[SafetensorsFile], table: dict[str, Tensor]) -> dict[str, tuple[SafetensorsFile, str]]:
     """Canonical name -> (file, stored name). An encoder-named text weight stands in for an absent decoder one.
 
     Raises:
@@ -29,6 +27,6 @@ def canonical_names(
                 continue
             twin = found.pop(tie)
             kept = found.setdefault(row.name, twin)
-            if kept is not twin and not np.array_equal(kept[0].read(row.name), twin[0].read(tie)):
-                raise CheckpointError(f"{tie} differs from {row.name}, yet the model shares them")
+            if kept is not twin and not np.array_equal(kept[0].read(kept[1]), twin[0].read(twin[1])):
+                raise CheckpointError(f"{twin[0].path}: {tie} differs from {kept[1]}, yet the model shares them")
     return found

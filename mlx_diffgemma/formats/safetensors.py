@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -63,30 +64,76 @@ def open_file(path: Path) -> SafetensorsFile:
     """Read and check the header.
 
     Raises:
-        CheckpointError: not safetensors, cut short, or a tensor whose bytes do not match its shape.
+        CheckpointError: not safetensors, cut short, or a header that does not describe the bytes after it exactly.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, LONGEST_HEADER):
             raise CheckpointError(f"{path} is truncated or not a safetensors file; download it again")
-        try:
-            header = json.loads(file.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} has a damaged header ({error}); download it again") from error
+        raw = file.read(length)
+    header = _header(path, raw)
     metadata = header.pop("__metadata__", {})
-    entries = {name: _entry(path, name, row, 8 + length) for name, row in header.items()}
-    needed = max((entry.stop for entry in entries.values()), default=8 + length)
-    if needed > size:
-        raise CheckpointError(f"{path} is truncated: {size:,} of {needed:,} bytes; download it again")
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path} has a damaged header (__metadata__ is {metadata!r:.80}); download it again")
+    base = 8 + length
+    entries = {name: _entry(path, name, row, base) for name, row in header.items()}
+    _check_layout(path, entries, base, size)
     return SafetensorsFile(path, entries, metadata)
 
 
-def _entry(path: Path, name: str, row: dict, base: int) -> Entry:
-    if row.get("dtype") not in DTYPES:
-        raise CheckpointError(f"{path}: {name} has dtype {row.get('dtype')!r}, which this library does not read")
-    dtype, shape = np.dtype(DTYPES[row["dtype"]]), tuple(row["shape"])
-    start, stop = row["data_offsets"]
+def _header(path: Path, raw: bytes) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{path}: {twice!r} is stored twice; download it again")
+        return found
+
+    try:
+        header = json.loads(raw, object_pairs_hook=once)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, a number of 5,000 digits
+        raise CheckpointError(f"{path} has a damaged header ({error}); download it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a damaged header (a JSON {type(header).__name__}); download it again")
+    return header
+
+
+def _entry(path: Path, name: str, row: Any, base: int) -> Entry:
+    if not name.isprintable() or not isinstance(row, dict):
+        raise CheckpointError(f"{path} has a damaged header ({name!r:.80}: {row!r:.80}); download it again")
+    kind, shape, offsets = row.get("dtype"), row.get("shape"), row.get("data_offsets")
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise CheckpointError(f"{path}: {name} has dtype {kind!r:.80}, which this library does not read")
+    if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(
+            f"{path}: {name} has shape {shape!r:.80} and data_offsets {offsets!r:.80}; download it again"
+        )
+    dtype, (start, stop) = np.dtype(DTYPES[kind]), offsets
     if stop - start != dtype.itemsize * math.prod(shape):
-        raise CheckpointError(f"{path}: {name} has {stop - start} bytes for shape {shape} of {dtype}")
-    return Entry(dtype, shape, base + start, base + stop)
+        raise CheckpointError(
+            f"{path}: {name} has {stop - start} bytes for shape {tuple(shape)!s:.80} of {dtype}; download it again"
+        )
+    return Entry(dtype, tuple(shape), base + start, base + stop)
+
+
+def _sizes(value: Any) -> bool:
+    """Whether ``value`` is a list of whole numbers that a file can have."""
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _check_layout(path: Path, entries: dict[str, Entry], base: int, size: int) -> None:
+    """The format's own rule: the tensors cover the data exactly, without overlap, gap or rest."""
+    end, before = base, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            fault = "overlaps" if entry.start < end else "leaves a gap after"
+            raise CheckpointError(f"{path}: {name} {fault} {before}; download it again")
+        end, before = entry.stop, name
+    if end > size:
+        raise CheckpointError(f"{path} is truncated: {size:,} of {end:,} bytes; download it again")
+    if end < size:
+        raise CheckpointError(f"{path} has {size - end:,} bytes after its last tensor; download it again")

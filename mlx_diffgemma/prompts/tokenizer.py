@@ -46,7 +46,7 @@ class FastTokenizer:
 
         try:
             self._inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exception for a damaged file
+        except Exception as error:  # tokenizers raises a bare Exception for a damaged file
             raise CheckpointError(f"{path} is damaged ({error}); download it again") from error
         self.vocab_size = self._inner.get_vocab_size()
 

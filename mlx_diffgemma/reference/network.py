@@ -90,7 +90,8 @@ class Network:
         return rotate(self.norm(q, f"{at}.q_norm"), cos, sin), (k, self.bare_norm(v))
 
     def gated_mlp(self, x: np.ndarray, at: str) -> np.ndarray:
-        return self.linear(gelu_tanh(self.linear(x, f"{at}.gate_proj")) * self.linear(x, f"{at}.up_proj"), f"{at}.down_proj")
+        gate, up = self.linear(x, f"{at}.gate_proj"), self.linear(x, f"{at}.up_proj")
+        return self.linear(gelu_tanh(gate) * up, f"{at}.down_proj")
 
     def route(self, h: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Weights [T, k], experts [T, k] (best first) and all probabilities [T, E], from the un-normed stream."""
@@ -126,12 +127,13 @@ class Network:
         dense = self.gated_mlp(self.norm(h, f"{at}.pre_feedforward_layernorm"), f"{at}.mlp")
         weight, chosen, odds = self.route(h, layer)
         mixed = self.experts(self.norm(h, f"{at}.pre_feedforward_layernorm_2"), weight, chosen, layer)
-        both = self.norm(dense, f"{at}.post_feedforward_layernorm_1") + self.norm(mixed, f"{at}.post_feedforward_layernorm_2")
-        h = h + self.norm(both, f"{at}.post_feedforward_layernorm")
+        dense = self.norm(dense, f"{at}.post_feedforward_layernorm_1")
+        mixed = self.norm(mixed, f"{at}.post_feedforward_layernorm_2")
+        h = h + self.norm(dense + mixed, f"{at}.post_feedforward_layernorm")
         return h * scalar, new, chosen, odds
 
     def encode(self, tokens: np.ndarray, prefix: list[KeyValues]) -> tuple[np.ndarray, list[KeyValues]]:
-        """Causal pass over ``tokens`` [T] behind ``prefix``: hidden states after the last norm, and all keys, values."""
+        """Causal pass over ``tokens`` [T] behind ``prefix``: states after the last norm, and all keys and values."""
         past = len(prefix[0][0])
         q, k = np.arange(past, past + len(tokens))[:, None], np.arange(past + len(tokens))
         causal = k <= q
@@ -155,7 +157,8 @@ class Network:
         h = self.condition(self.embed(canvas), soft)
         choices, odds = [], []
         for i in range(self.config.num_hidden_layers):
-            seen = prefix[i] if self.config.full(i) else tuple(x[max(0, past - self.config.window_keys) :] for x in prefix[i])
+            first = 0 if self.config.full(i) else max(0, past - self.config.window_keys)
+            seen = (prefix[i][0][first:], prefix[i][1][first:])
             scalar = self.weights[f"{layer_name(i)}.layer_scalar"][0]
             h, _, chosen, p = self.layer(h, positions, seen, None, i, scalar)
             choices.append(chosen)

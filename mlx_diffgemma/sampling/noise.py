@@ -59,7 +59,7 @@ def token(words: np.ndarray, vocab_size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BlockNoise:
-    """All noise of one row's block. Step 0 reads ``start``; step s draws with ``draw[s]``, renoises with ``renoise[s]``."""
+    """All noise of one row's block: step 0 reads ``start``, step s draws by ``draw[s]``, renoises to ``renoise[s]``."""
 
     start: np.ndarray  # int32 [C]
     draw: np.ndarray  # float32 [N, C]

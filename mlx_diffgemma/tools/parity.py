@@ -18,8 +18,10 @@ from ..events import Draft
 from ..sampling import rules
 from ..sampling.noise import block_noise
 
+WANTED = ("logits", "router", "router_probabilities")
 Kind = Literal["argmax", "accept", "draw", "stop"]
 NOISE = 1e-4  # probability, nats or logits: what fp32 implementations differ by
+TIE = 1e-6  # router probability: so close, even another batch shape may choose otherwise
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def _stop(a: Draft, b: Draft) -> Difference:
 def margin(
     models: tuple[Model, Model], prompt: Sequence[int], spec: CanvasSpec, drafts: Sequence[Draft], at: Difference
 ) -> float:
-    """How narrow the decision was, in its own unit; a router that chose otherwise on the way counts too.
+    """How narrow the decision was, in its own unit; a router that chose otherwise on the way, or tied, counts too.
 
     Args:
         models: the two that disagree; the first one's numbers are measured.
@@ -70,7 +72,7 @@ def margin(
     left, right = (_replay(model, prompt, spec, drafts, at) for model in models)
     free = given(spec.masks.clamp, np.full(len(left.shaped), UNSET)) == UNSET
     decision = _decision_margin(left.shaped, left.uniform, free, spec.settings, at)
-    flipped = (left.router != right.router).any(-1)
+    flipped = (left.router != right.router).any(-1) | (left.gaps < TIE)
     return min(decision, float(left.gaps[flipped].min()) if flipped.any() else np.inf)
 
 
@@ -100,7 +102,7 @@ def _replay(model: Model, prompt: Sequence[int], spec: CanvasSpec, drafts: Seque
     cache = _committed(model, prompt, settings, drafts, at.block)
     shaped, routers, gaps = None, [], []
     for step, temperature in enumerate(rules.temperatures(settings)[: at.step]):
-        found = model.inspect(cache, fed[step][None], previous=shaped, want=("logits", "router", "router_probabilities"))
+        found = model.inspect(cache, fed[step][None], previous=shaped, want=WANTED)
         logits = np.array(found["logits"])
         logits[0, : masks.banned_until, list(masks.banned)] = -np.inf
         shaped = logits / temperature
@@ -110,7 +112,9 @@ def _replay(model: Model, prompt: Sequence[int], spec: CanvasSpec, drafts: Seque
     return Replay(shaped[0], noise.draw[at.step - 1], np.stack(routers), np.stack(gaps))
 
 
-def _committed(model: Model, prompt: Sequence[int], settings: GenerationConfig, drafts: Sequence[Draft], block: int) -> Any:
+def _committed(
+    model: Model, prompt: Sequence[int], settings: GenerationConfig, drafts: Sequence[Draft], block: int
+) -> Any:
     """The cache at the start of ``block``."""
     cache = model.encode(np.array(prompt, np.int32)[None])
     for earlier in range(block):

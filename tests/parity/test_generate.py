@@ -11,10 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from tests import official_generate
-from tests.conftest import load_model
-from tests.official import Official
-from tests.tiny import TEXT, checkpoint
 
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.events import Block, Draft, Finished
@@ -22,6 +18,10 @@ from mlx_diffgemma.formats import open_checkpoint
 from mlx_diffgemma.hub import DEMO
 from mlx_diffgemma.prompts.processor import Processor
 from mlx_diffgemma.sampling import engine
+from tests import official_generate
+from tests.conftest import load_model
+from tests.official import Official
+from tests.tiny import TEXT, checkpoint
 
 DEFAULTS = {
     "max_denoising_steps": 16, "t_min": 0.4, "t_max": 0.8, "entropy_bound": 0.1,
@@ -132,9 +132,8 @@ def decided(scenario: Scenario):
 def test_every_decision_equals_the_official_one(scenario, backend, record):
     prompts, seeds, settings, trace, written = decided(scenario)
     model = load_model(DEMO if scenario.prompts else checkpoint(seed=3, calm=True), backend, "float32")
-    requests = [
-        engine.Request(i, tuple(prompt), settings, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-    ]
+    rows = enumerate(zip(prompts, seeds, strict=True))
+    requests = [engine.Request(i, tuple(prompt), settings, seed) for i, (prompt, seed) in rows]
     events = list(engine.run(model, engine.fixed(requests)))
     drafts = [e for e in events if isinstance(e, Draft)]
     steps = {(e.row, e.block): e.steps for e in events if isinstance(e, Block)}

@@ -133,8 +133,8 @@ def odd_run(index: int):
     vocab = judge.model.config.text_config.vocab_size
     prompt, canvas = rng.integers(0, vocab, (1, 23)), rng.integers(0, vocab, (1, length))
     context = judge.encode(prompt.tolist())
-    first = judge.logits(context, canvas)
-    return prompt, canvas, first / np.float32(0.7), judge.logits(context, canvas, first / np.float32(0.7)), min(judge.gaps)
+    previous = judge.logits(context, canvas) / np.float32(0.7)
+    return prompt, canvas, previous, judge.logits(context, canvas, previous), min(judge.gaps)
 
 
 def odd_folder(index: int):

@@ -11,7 +11,6 @@ import functools
 import numpy as np
 import pytest
 import tasks
-from tests.conftest import load_model
 
 from mlx_diffgemma.backend import CanvasSpec
 from mlx_diffgemma.events import Draft
@@ -20,6 +19,7 @@ from mlx_diffgemma.hub import DEMO
 from mlx_diffgemma.prompts.processor import Processor
 from mlx_diffgemma.sampling import engine
 from mlx_diffgemma.tools.parity import NOISE, first_difference, margin
+from tests.conftest import load_model
 
 PROMPTS, MOST_EXPLAINED = 200, 0.02
 
@@ -27,8 +27,8 @@ PROMPTS, MOST_EXPLAINED = 200, 0.02
 @functools.cache
 def requests() -> list[engine.Request]:
     processor = Processor.from_folder(DEMO, open_checkpoint(DEMO).generation)
-    examples = tasks.evaluation_set(PROMPTS)
-    return [engine.Request(i, processor.prompt_ids(e.prompt), processor.generation, i) for i, e in enumerate(examples)]
+    prompts = [processor.prompt_ids(example.messages) for example in tasks.evaluation_set(PROMPTS)]
+    return [engine.Request(i, prompt, processor.generation, i) for i, prompt in enumerate(prompts)]
 
 
 def run(backend: str, rows: list[engine.Request], batch: int) -> dict[int, list[Draft]]:
@@ -60,11 +60,15 @@ def compare(one: str, left: dict[int, list[Draft]], other: str, right: dict[int,
     return found
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [(("mlx", 1), ("reference", 1)), (("cpu", 1), ("reference", 1)), (("mlx", 8), ("mlx", 1)), (("cpu", 8), ("cpu", 1))],
-    ids=lambda side: f"{side[0]}-batch{side[1]}",
-)
+PAIRS = [
+    (("mlx", 1), ("reference", 1)),
+    (("cpu", 1), ("reference", 1)),
+    (("mlx", 8), ("mlx", 1)),
+    (("cpu", 8), ("cpu", 1)),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS, ids=lambda side: f"{side[0]}-batch{side[1]}")
 def test_promise_3_equal_or_explained(one, other, record):
     found = compare(one[0], drafts_of(*one), other[0], drafts_of(*other))
     record(left=str(one), right=str(other), prompts=PROMPTS, differences=len(found), margins=[f[2] for f in found])

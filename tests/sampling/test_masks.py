@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from tests.conftest import load_model
-from tests.tiny import checkpoint
 
 from mlx_diffgemma.backend import CanvasSpec, Masks
 from mlx_diffgemma.config import UNSET, GenerationConfig
@@ -17,6 +16,8 @@ from mlx_diffgemma.events import Draft
 from mlx_diffgemma.sampling import rules
 from mlx_diffgemma.sampling.noise import block_noise
 from mlx_diffgemma.tools.parity import NOISE, first_difference, margin
+from tests.conftest import load_model
+from tests.tiny import checkpoint
 
 LENGTH, VOCAB, ROWS, ROUNDS, STEPS = 16, 512, 30, 10, 4
 
@@ -70,14 +71,12 @@ def check_row(row: int, spec: CanvasSpec, steps: list) -> None:
     settings, masks = spec.settings, spec.masks
     clamp = np.full(LENGTH, UNSET) if masks.clamp is None else masks.clamp
     free = clamp == UNSET
-    noise = block_noise(
-        spec.seed, block=spec.block, attempt=spec.attempt, steps=STEPS, length=LENGTH, vocab_size=VOCAB
-    )
+    noise = block_noise(spec.seed, block=spec.block, attempt=spec.attempt, steps=STEPS, length=LENGTH, vocab_size=VOCAB)
     start = noise.start if masks.init is None else np.where(masks.init == UNSET, noise.start, masks.init)
     assert (steps[0].canvas[row] == np.where(free, start, clamp)).all()
     assert steps[0].done[row] == (not free.any())
     history: list[np.ndarray] = []
-    for at, (before, view) in enumerate(zip(steps, steps[1:], strict=False)):
+    for at, (before, view) in enumerate(pairwise(steps)):
         canvas, argmax, accepted, entropy = (getattr(view, n)[row] for n in ("canvas", "argmax", "accepted", "entropy"))
         assert (canvas[~free] == clamp[~free]).all() and (argmax[~free] == clamp[~free]).all()
         if before.done[row]:
@@ -86,7 +85,8 @@ def check_row(row: int, spec: CanvasSpec, steps: list) -> None:
             continue
         assert (accepted == rules.accept(entropy, settings.entropy_bound, free)).all()
         fresh = noise.renoise[at]
-        fresh = fresh if masks.renoise_from is None else np.where(masks.renoise_from == UNSET, fresh, masks.renoise_from)
+        if masks.renoise_from is not None:
+            fresh = np.where(masks.renoise_from == UNSET, fresh, masks.renoise_from)
         assert (canvas[free & ~accepted] == fresh[free & ~accepted]).all()
         if settings.temperature == 0:
             assert (canvas[accepted] == argmax[accepted]).all()
@@ -111,7 +111,7 @@ def test_random_specs_obey_the_rules(index, backend):
 
 def drafts(found: list, row: int) -> list[Draft]:
     names = ("canvas", "argmax", "accepted", "entropy", "confidence")
-    steps = [view for before, view in zip(found, found[1:], strict=False) if not before.done[row]]
+    steps = [view for before, view in pairwise(found) if not before.done[row]]
     return [Draft(row, 0, int(v.steps[row]), *(getattr(v, name)[row] for name in names)) for v in steps]
 
 
