@@ -1,0 +1,41 @@
+"""The committed benchmark results are there, whole, and meet their goals."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from benchmarks.peers import PAIRS, RESULTS
+
+CONDITIONS = ("cpu", "cores", "system", "blas", "dtype", "prompt_tokens", "shape", "load_average", "changed")
+
+
+@pytest.fixture(scope="module")
+def record() -> dict:
+    assert RESULTS.is_file(), "run `make bench` and commit its result"
+    return json.loads(RESULTS.read_text())
+
+
+def test_the_conditions_are_recorded(record: dict):
+    assert not [name for name in CONDITIONS if name not in record]
+    assert re.fullmatch("[0-9a-f]{40}", record["commit"])
+    assert record["threads"] >= 1
+    few, many = record["steps"]
+    assert many > few > 0
+    assert record["rounds"] >= 3
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_is_measured_and_meets_its_goal(record: dict, name: str):
+    pair = record["pairs"][name]
+    assert len(pair["rounds"]) == record["rounds"]
+    ratios = sorted(one["ours"] / one["peer"] for one in pair["rounds"])
+    assert ratios[0] == pair["ratio"]["min"] and ratios[-1] == pair["ratio"]["max"]
+    assert pair["goal"] == PAIRS[name].goal
+    assert pair["ratio"]["median"] <= pair["goal"] and pair["met"]
+    for side in ("ours", "peer"):
+        assert {"python", "numpy"} < pair["versions"][side].keys()
+        assert 0 < pair["first_draft"][side]["share"] <= 1
+        assert pair["milliseconds_per_step"][side]["median"] > 0
