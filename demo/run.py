@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
-from tasks import TASKS, Example, draw
+from tasks import NAMES_OF_TASKS, Example, draw
 
 from mlx_diffgemma import Draft, Finished, UserError, load, stream_generate
 from mlx_diffgemma.backend import CHOICES, choose
@@ -29,7 +29,7 @@ from mlx_diffgemma.terminal.live import live_console
 from mlx_diffgemma.terminal.painter import Painter
 from mlx_diffgemma.terminal.text import fold, harmless, one_line
 
-AGAIN = ("add", "sort", "range", "find")  # asked a second time
+AGAIN = ("add", "sort", "range")  # asked a second time
 SEED = 2026
 PASS = 0.75
 INTRODUCTION = """\
@@ -37,7 +37,7 @@ The demo checkpoint (4 MB, canvases of 48 characters) answers {count} prompts, b
 It was trained on their like, never on these; only the rhymes it knows by heart.
 A program checks every answer.
 """
-MARK, TASK, PROMPT = 2, 9, 28  # columns; the last holds seven entries of a list to look in
+MARK, TASK, PROMPT = 2, 9, 28  # columns
 FAINT, RIGHT, WRONG = Style(dim=True), Style(color="green", bold=True), Style(color="red", bold=True)
 
 
@@ -53,8 +53,8 @@ class Outcome:
 
 def examples() -> list[Example]:
     """One held-out prompt of each task, and a few more; the rhyme is one that runs over several canvases."""
-    rng, order, chosen = random.Random(SEED), list(TASKS), {}
-    for task in (*TASKS, *AGAIN):
+    rng, order, chosen = random.Random(SEED), NAMES_OF_TASKS, {}
+    for task in (*NAMES_OF_TASKS, *AGAIN):
         example = draw(task, rng, held=True)
         while example.prompt in chosen or (task == "rhyme" and example.answer.count("\n") < 3):
             example = draw(task, rng, held=True)
@@ -100,7 +100,8 @@ class Board:
 
     def rows(self, mark: Text, example: Example, answer: list[Text]) -> list[Text]:
         """Prompt and answer side by side."""
-        prompt = fold([(example.prompt.removeprefix("sudoku\n"), FAINT)], PROMPT)  # grid beside grid
+        earlier = "… " if example.history else ""
+        prompt = fold([(earlier + example.prompt.removeprefix("sudoku\n"), FAINT)], PROMPT)  # grid beside grid
         rows = []
         for i in range(max(len(prompt), len(answer))):
             row = Text().append(mark if i == 0 else " ").append(" " + (example.task if i == 0 else "").ljust(TASK))
@@ -131,7 +132,7 @@ def play(model, processor: Processor, board: Board | None) -> Iterator[Outcome]:
     for number, example in enumerate(examples()):
         if board is not None:
             board.ask(example)
-        for event in stream_generate(model, processor, example.prompt, seed=SEED + number):
+        for event in stream_generate(model, processor, example.messages, seed=SEED + number):
             if board is not None:
                 board.show(example, event)
             if isinstance(event, Finished):
@@ -148,7 +149,7 @@ def summary(outcomes: list[Outcome], seconds: float, console: Console) -> None:
     table.add_column("task")
     for name in ("right", "canvases", "steps per canvas"):
         table.add_column(name, justify="right")
-    for task in [*TASKS, None]:
+    for task in [*NAMES_OF_TASKS, None]:
         chosen = [o for o in outcomes if task in (None, o.example.task)]
         canvases = sum(o.result.stats.blocks for o in chosen)
         steps = sum(o.result.stats.forwards for o in chosen)
