@@ -17,6 +17,7 @@ from typing import Any
 
 from .errors import ConfigError, OptionError
 
+SAMPLER = "EntropyBoundSamplerConfig"
 SLIDING, FULL = "sliding_attention", "full_attention"
 MODEL_TYPES = ("diffusion_gemma", "diffusion_gemma4")  # the second is the pre-release name
 UNSET = -1
@@ -107,14 +108,14 @@ class ModelConfig:
         vision = data.get("vision_config")
         config = cls(
             text=_text(text),
-            vision=_vision(vision) if vision else None,
-            canvas_length=data.get("canvas_length") or 256,
-            dtype=str(data.get("dtype") or text.get("dtype") or data.get("torch_dtype") or "bfloat16"),
-            eos_token_ids=_ids(data.get("eos_token_id", text.get("eos_token_id", 1))),
-            pad_token_id=text.get("pad_token_id", 0),
-            image_token_id=data.get("image_token_id", 258_880),
+            vision=_vision(_object("vision_config", vision)) if vision else None,
+            canvas_length=_size(data, "canvas_length", "", 256),
+            dtype=_dtype(data.get("dtype") or text.get("dtype") or data.get("torch_dtype") or "bfloat16"),
+            eos_token_ids=_ids("eos_token_id", data.get("eos_token_id", text.get("eos_token_id", 1))),
+            pad_token_id=_id("text_config.pad_token_id", text.get("pad_token_id", 0)),
+            image_token_id=_id("image_token_id", data.get("image_token_id", 258_880)),
         )
-        _check(config)
+        _check(config, data, text)
         return config
 
     @classmethod
@@ -128,102 +129,161 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist; a checkpoint folder needs it")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, a number of 5,000 digits
         raise ConfigError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a JSON {type(data).__name__}, not an object; download it again")
     return data
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+def _id(name: str, value: Any, file: str = "config.json") -> int | None:
+    if value is not None and (type(value) is not int or value < 0):
+        raise ConfigError(f"{file}: {name} is {value!r:.80}, expected a token id or null")
+    return value
 
 
-def _need(data: Mapping[str, Any], key: str, kind: type, where: str = "text_config") -> Any:
-    value = data.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
-        raise ConfigError(f"config.json: {where}.{key} is {value!r}, expected {kind.__name__}")
+def _ids(name: str, value: Any, file: str = "config.json") -> tuple[int, ...]:
+    values = () if value is None else value if isinstance(value, list | tuple) else (value,)
+    if not all(type(item) is int and item >= 0 for item in values):
+        raise ConfigError(f"{file}: {name} is {value!r:.80}, expected a token id or a list of them")
+    return tuple(values)
+
+
+def _dtype(value: Any) -> str:
+    name = str(value).removeprefix("torch.")
+    if name not in ("bfloat16", "float16", "float32"):
+        raise ConfigError(f"config.json: dtype is {value!r:.80}, expected bfloat16, float16 or float32")
+    return name
+
+
+def _object(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"config.json: {name} is {value!r:.80}, expected an object")
+    return value
+
+
+def _size(data: Mapping[str, Any], key: str, where: str = "text_config.", default: int | None = None) -> int:
+    """A whole number of at least 1; without a default it must be there."""
+    value = default if data.get(key) is None else data[key]
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"config.json: {where}{key} is {value!r:.80}, expected a whole number of at least 1")
+    return value
+
+
+def _positive(data: Mapping[str, Any], key: str, default: float | None, where: str = "text_config.") -> float:
+    value = data.get(key, default)
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise ConfigError(f"config.json: {where}{key} is {value!r:.80}, expected a number greater than 0")
     return value
 
 
 def _text(data: Mapping[str, Any]) -> TextConfig:
-    layers = _need(data, "num_hidden_layers", int)
-    types = tuple(data.get("layer_types") or (FULL if (i + 1) % 6 == 0 else SLIDING for i in range(layers)))
-    if len(types) != layers or set(types) - {SLIDING, FULL}:
-        raise ConfigError(f"config.json: layer_types must be {layers} of {SLIDING} or {FULL}, got {types}")
-    if types[-1] != FULL:
-        raise ConfigError(f"config.json: the last of layer_types must be {FULL}, got {types[-1]}")
+    layers = _size(data, "num_hidden_layers")
+    types = _layer_types(data, layers)
     head_dims, kv_heads = _heads(data, types)
-    ropes = _ropes(data.get("rope_parameters") or {})
+    ropes = _ropes(data)
+    no_cap = data.get("final_logit_softcapping", 30.0) is None
     return TextConfig(
-        vocab_size=_need(data, "vocab_size", int),
-        hidden_size=_need(data, "hidden_size", int),
-        intermediate_size=_need(data, "intermediate_size", int),
-        moe_intermediate_size=_need(data, "moe_intermediate_size", int),
+        vocab_size=_size(data, "vocab_size"),
+        hidden_size=_size(data, "hidden_size"),
+        intermediate_size=_size(data, "intermediate_size"),
+        moe_intermediate_size=_size(data, "moe_intermediate_size"),
         num_hidden_layers=layers,
-        num_attention_heads=_need(data, "num_attention_heads", int),
-        num_experts=_need(data, "num_experts", int),
-        top_k_experts=_need(data, "top_k_experts", int),
-        sliding_window=_need(data, "sliding_window", int),
+        num_attention_heads=_size(data, "num_attention_heads"),
+        num_experts=_size(data, "num_experts"),
+        top_k_experts=_size(data, "top_k_experts"),
+        sliding_window=_size(data, "sliding_window"),
         layer_types=types,
         head_dims=head_dims,
         num_key_value_heads=kv_heads,
         ropes=tuple(ropes[t] for t in types),
-        max_position_embeddings=data.get("max_position_embeddings", 262_144),
-        rms_norm_eps=data.get("rms_norm_eps", 1e-6),
-        final_logit_softcapping=data.get("final_logit_softcapping", 30.0),
+        max_position_embeddings=_size(data, "max_position_embeddings", default=262_144),
+        rms_norm_eps=_positive(data, "rms_norm_eps", 1e-6),
+        final_logit_softcapping=None if no_cap else _positive(data, "final_logit_softcapping", 30.0),
     )
+
+
+def _layer_types(data: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    given = data.get("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(layers)]
+    known = isinstance(given, list) and all(kind in (SLIDING, FULL) for kind in given)
+    if not known or len(given) != layers:
+        raise ConfigError(f"config.json: layer_types must be {layers} of {SLIDING} or {FULL}, got {given!r:.200}")
+    if given[-1] != FULL:
+        raise ConfigError(f"config.json: the last of layer_types must be {FULL}, got {given[-1]}")
+    return tuple(given)
 
 
 def _heads(data: Mapping[str, Any], types: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Head size and key-value heads of every layer, from either dialect."""
-    head_dim, kv_heads = _need(data, "head_dim", int), _need(data, "num_key_value_heads", int)
+    common = {"head_dim": _size(data, "head_dim"), "num_key_value_heads": _size(data, "num_key_value_heads")}
     per_layer = data.get("per_layer_config")
     if per_layer is None:
-        override = {"head_dim": data.get("global_head_dim", 512)}
-        override["num_key_value_heads"] = data.get("num_global_key_value_heads") or kv_heads
+        override = {
+            "head_dim": _size(data, "global_head_dim", default=512),
+            "num_key_value_heads": _size(data, "num_global_key_value_heads", default=common["num_key_value_heads"]),
+        }
         per_layer = {str(i): override for i, kind in enumerate(types) if kind == FULL}
-    rows = [per_layer.get(str(i), per_layer.get(i, {})) for i in range(len(types))]
-    return (
-        tuple(row.get("head_dim", head_dim) for row in rows),
-        tuple(row.get("num_key_value_heads", kv_heads) for row in rows),
-    )
+    rows = [common] * len(types)
+    for key, row in _object("text_config.per_layer_config", per_layer).items():
+        where = f"text_config.per_layer_config.{key}"
+        if key not in map(str, range(len(types))) or set(_object(where, row)) - set(common):
+            raise ConfigError(f"config.json: {where} is {row!r:.80}, expected a layer's {' and '.join(common)}")
+        rows[int(key)] = {name: _size(row, name, f"{where}.", default) for name, default in common.items()}
+    return tuple(row["head_dim"] for row in rows), tuple(row["num_key_value_heads"] for row in rows)
 
 
 def _ropes(data: Mapping[str, Any]) -> dict[str, Rope]:
-    sliding: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
-    full: dict[str, Any] = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
-    sliding |= data.get(SLIDING, {})
-    full |= data.get(FULL, {})
-    for name, rope, known in ((SLIDING, sliding, "default"), (FULL, full, "proportional")):
-        if rope["rope_type"] != known:
-            raise ConfigError(f"config.json: rope_type of {name} is {rope['rope_type']!r}, only {known!r} is supported")
-    return {
-        SLIDING: Rope(float(sliding["rope_theta"])),
-        FULL: Rope(float(full["rope_theta"]), full["partial_rotary_factor"], float(full.get("factor", 1.0))),
+    """Absent altogether they are Gemma's; within a given one, ``partial_rotary_factor`` defaults to 1."""
+    gemma = {
+        SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+        FULL: {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
     }
+    given, ropes = _object("text_config.rope_parameters", data.get("rope_parameters") or gemma), {}
+    for kind, standard in gemma.items():
+        where = f"text_config.rope_parameters.{kind}"
+        row, known = _object(where, given.get(kind)), standard["rope_type"]
+        if row.get("rope_type") != known:
+            raise ConfigError(
+                f"config.json: {where}.rope_type is {row.get('rope_type')!r}, only {known!r} is supported"
+            )
+        partial = _positive(row, "partial_rotary_factor", 1.0, f"{where}.")
+        if partial > 1 or (kind == SLIDING and partial != 1):
+            raise ConfigError(f"config.json: {where}.partial_rotary_factor is {partial}, not supported")
+        factor = _positive(row, "factor", 1.0, f"{where}.") if kind == FULL else 1.0  # the default type has none
+        ropes[kind] = Rope(float(_positive(row, "rope_theta", None, f"{where}.")), partial, float(factor))
+    return ropes
 
 
 def _vision(data: Mapping[str, Any]) -> VisionConfig:
-    heads = _need(data, "num_attention_heads", int, "vision_config")
-    sizes = {
-        f.name: _need(data, f.name, int, "vision_config")
-        for f in dataclasses.fields(VisionConfig)
-        if f.name not in ("standardize", "num_key_value_heads", "head_dim")
-    }
+    where, optional = "vision_config.", ("standardize", "num_key_value_heads", "head_dim")
+    names = [f.name for f in dataclasses.fields(VisionConfig) if f.name not in optional]
+    sizes = {name: _size(data, name, where) for name in names}
+    heads = sizes["num_attention_heads"]
     return VisionConfig(
         **sizes,
-        num_key_value_heads=data.get("num_key_value_heads") or heads,
-        head_dim=data.get("head_dim") or sizes["hidden_size"] // heads,
+        num_key_value_heads=_size(data, "num_key_value_heads", where, heads),
+        head_dim=_size(data, "head_dim", where, sizes["hidden_size"] // heads),
         standardize=bool(data.get("standardize", False)),
     )
 
 
-def _check(config: ModelConfig) -> None:
+FIXED = {  # what transformers would read and this network has built in
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "attention_bias": (False,),
+    "use_bidirectional_attention": ("vision", None),
+}
+
+
+def _check(config: ModelConfig, data: Mapping[str, Any], text_data: Mapping[str, Any]) -> None:
     text = config.text
-    if not 0 < text.top_k_experts <= text.num_experts:
+    for key, known in FIXED.items():
+        if text_data.get(key, known[0]) not in known:
+            raise ConfigError(
+                f"config.json: text_config.{key} is {text_data[key]!r:.80}, only {known[0]!r} is supported"
+            )
+    if data.get("tie_word_embeddings", True) is not True:
+        raise ConfigError("config.json: tie_word_embeddings is not true; only shared weights are supported")
+    if text.top_k_experts > text.num_experts:
         raise ConfigError(f"config.json: top_k_experts={text.top_k_experts} of num_experts={text.num_experts}")
     for layer, kv_heads in enumerate(text.num_key_value_heads):
         if text.num_attention_heads % kv_heads:
@@ -235,8 +295,6 @@ def _check(config: ModelConfig) -> None:
             raise ConfigError(f"config.json: layer {layer} has an odd head_dim {text.head_dims[layer]}")
     if text.sliding_window < 2:
         raise ConfigError(f"config.json: sliding_window={text.sliding_window} must be at least 2")
-    if config.canvas_length < 1:
-        raise ConfigError(f"config.json: canvas_length={config.canvas_length} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -282,15 +340,20 @@ class GenerationConfig:
         if self.confidence_threshold is not None:
             _number("confidence_threshold", self.confidence_threshold, above=0)
         stability = self.stability_threshold
-        if stability is not None and (not isinstance(stability, int) or stability < 0):
+        if stability is not None and (type(stability) is not int or stability < 0):
             raise OptionError(f"stability_threshold={stability!r} must be a whole number of at least 0, or None")
+        ends, pad = self.eos_token_ids, self.pad_token_id
+        if not isinstance(ends, tuple) or not all(type(id) is int for id in ends):
+            raise OptionError(f"eos_token_ids={ends!r} must be a tuple of token ids")
+        if pad is not None and type(pad) is not int:
+            raise OptionError(f"pad_token_id={pad!r} must be a token id or None")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], config: ModelConfig) -> GenerationConfig:
         """Read generation_config.json; what it leaves out or sets to null takes the default, as in transformers."""
-        sampler = data.get("sampler_config") or {}
-        if sampler.get("_cls_name", "EntropyBoundSamplerConfig") != "EntropyBoundSamplerConfig":
-            raise ConfigError(f"generation_config.json: sampler {sampler['_cls_name']!r} is not supported")
+        file, sampler = "generation_config.json", data.get("sampler_config") or {}
+        if not isinstance(sampler, Mapping) or sampler.get("_cls_name", SAMPLER) != SAMPLER:
+            raise ConfigError(f"{file}: sampler_config is {sampler!r:.80}; only {SAMPLER!r} is supported")
         values = {
             name: data.get(name)
             for name in ("max_denoising_steps", "t_min", "t_max", "stability_threshold", "confidence_threshold")
@@ -298,12 +361,18 @@ class GenerationConfig:
         values["max_tokens"] = data.get("max_new_tokens")
         values["entropy_bound"] = sampler.get("entropy_bound")
         given = {name: value for name, value in values.items() if value is not None}
-        eos = data.get("eos_token_id")
-        return cls(
-            **given,
-            eos_token_ids=config.eos_token_ids if eos is None else _ids(eos),
-            pad_token_id=data.get("pad_token_id", config.pad_token_id),
+        eos, pad = (
+            _ids("eos_token_id", data.get("eos_token_id"), file),
+            _id("pad_token_id", data.get("pad_token_id"), file),
         )
+        try:
+            return cls(
+                **given,
+                eos_token_ids=eos or config.eos_token_ids,
+                pad_token_id=config.pad_token_id if pad is None else pad,
+            )
+        except OptionError as error:
+            raise ConfigError(f"{file}: {str(error).replace('max_tokens', 'max_new_tokens')}") from error
 
     @classmethod
     def from_folder(cls, folder: Path, config: ModelConfig) -> GenerationConfig:

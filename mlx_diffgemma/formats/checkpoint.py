@@ -63,36 +63,47 @@ def _files(folder: Path) -> list[SafetensorsFile]:
         names = _shards(index)
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
-            raise FileNotFoundError(f"{folder} lacks {len(absent)} of {len(names)} shards: {_some(absent)}")
+            raise FileNotFoundError(
+                f"{folder} lacks {len(absent)} of {len(names)} shards: {_some(absent)}; download it again"
+            )
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
-        raise FileNotFoundError(f"{folder} holds no .safetensors file")
+        raise FileNotFoundError(f"{folder} holds no .safetensors file; download it again")
     return [open_file(folder / name) for name in names]
 
 
 def _shards(index: Path) -> list[str]:
     """The files that an index names, each in the index's own folder."""
     places = read_json(index).get("weight_map")
-    names = list(places.values()) if isinstance(places, dict) else [places]
-    for name in names:
+    names: set[str] = set()
+    for name in places.values() if isinstance(places, dict) else [places]:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index}: weight_map names {name!r:.80}, not a .safetensors file; download it again")
-    return sorted(set(names))
+        names.add(name)
+    return sorted(names)
 
 
 def _check(folder: Path, stored: dict[str, tuple[SafetensorsFile, str]], table: dict[str, Tensor]) -> None:
     missing, unknown = sorted(set(table) - set(stored)), sorted(set(stored) - set(table))
     if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors: {_some(missing)}; download it again")
+        raise CheckpointError(f"{folder} lacks {_tensors(missing)}; download it again")
     if unknown:
-        raise CheckpointError(f"{folder} has {len(unknown)} tensors this model does not: {_some(unknown)}")
+        raise CheckpointError(
+            f"{folder} has {_tensors(unknown)} beyond what its config.json calls for; are they of one model?"
+        )
     for name, (file, inside) in stored.items():
         entry, shape = file.entries[inside], table[name].shape
         if entry.shape != shape:
-            raise CheckpointError(f"{file.path}: {name} has shape {entry.shape}, config.json calls for {shape}")
+            raise CheckpointError(
+                f"{file.path}: {name} has shape {entry.shape}, config.json calls for {shape}; are they of one model?"
+            )
         if str(entry.dtype) not in FLOATS:
             raise CheckpointError(f"{file.path}: {name} is {entry.dtype}; quantized checkpoints are not read yet")
+
+
+def _tensors(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}: {_some(names)}"
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -120,7 +120,7 @@ def _entry(path: Path, name: str, row: Any, base: int) -> Entry:
     return Entry(dtype, tuple(shape), base + start, base + stop)
 
 
-def _sizes(value: Any) -> bool:
+def _sizes(value: Any) -> TypeGuard[list[int]]:
     """Whether ``value`` is a list of whole numbers that a file can have."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
