@@ -16,6 +16,7 @@ from ..backend import CHOICES, Model
 from ..errors import OptionError, UserError
 from ..events import Block, Event, Finished
 from ..prompts.processor import Processor
+from ..sampling.noise import fresh_seed
 from ..terminal.live import LiveView, SilentView, StreamView, View, live_console
 from .options import INTERRUPTED, Parser, given, hush, mistake, number, number_or_off, whole, whole_or_off
 
@@ -33,7 +34,11 @@ CALL = ("max_tokens", "seed", "stop", "system", "enable_thinking", *SAMPLER)
 
 
 def parser() -> Parser:
-    parse = Parser(PROG, "Answer one prompt. Drafts are drawn live on a terminal; a pipe gets the answer's text alone.")
+    parse = Parser(
+        PROG,
+        "Answer one prompt. Drafts are drawn live on a terminal; a pipe gets the answer's text alone.",
+        extra="a prompt goes after --prompt, in quotes",
+    )
     unset = argparse.SUPPRESS
     parse.add_argument("--prompt", metavar="TEXT", help="what to answer; - reads it from stdin")
     parse.add_argument("--system", metavar="TEXT", default=unset, help="a system message before the prompt")
@@ -66,6 +71,7 @@ def parser() -> Parser:
 class Record:
     """What is settled so far, so that an interrupted answer can be reported too."""
 
+    seed: int
     started: float = field(default_factory=time.perf_counter)
     blocks: list[Block] = field(default_factory=list)
     finished: Finished | None = None
@@ -94,6 +100,7 @@ class Record:
                 "blocks": len(self.blocks),
                 "forwards": sum(block.steps for block in self.blocks),
                 "steps_per_block": [block.steps for block in self.blocks],
+                "seed": self.seed,
             },
         }
 
@@ -115,9 +122,9 @@ def run(options: argparse.Namespace) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows question marks, not a traceback
     model, processor = load(options.model, backend=options.backend, dtype=options.dtype, revision=options.revision)
-    call = given(options, CALL)
+    call = {"seed": fresh_seed()} | given(options, CALL)  # known from the start: an interrupted answer reports it too
     events = stream_generate(model, processor, prompt, **call)
-    view, record, status = choose_view(options, processor, call), Record(), 0
+    view, record, status = choose_view(options, processor, call), Record(call["seed"]), 0
     try:
         view.wait("reading the prompt …")
         for event in events:
@@ -163,7 +170,7 @@ def table(model: Model, result: dict[str, Any]) -> str:
     steps = " + ".join(map(str, stats["steps_per_block"])) or "none finished"
     rows = [("answer", f"{stats['tokens']} tokens, {result['finish_reason']}")]
     if result["finish_reason"] == "cancelled":
-        rows += [("time", f"{stats['seconds']:.2f} s"), ("steps", steps)]
+        rows += [("time", f"{stats['seconds']:.2f} s"), ("steps", steps), ("seed", str(stats["seed"]))]
     else:
         rate = stats["tokens"] / stats["seconds"] if stats["seconds"] else 0.0
         rows += [

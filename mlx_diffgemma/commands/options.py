@@ -17,8 +17,10 @@ USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line on stderr and exits with status 2; suggests the option that was meant."""
 
-    def __init__(self, prog: str, description: str):
+    def __init__(self, prog: str, description: str, extra: str = "--help tells how to call"):
+        """``extra`` is the remedy for an argument that belongs to no option."""
         super().__init__(prog=prog, description=description, allow_abbrev=False)
+        self.extra = extra
 
     def parse_args(self, args=None, namespace=None):
         options, unknown = self.parse_known_args(args, namespace)
@@ -31,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, given: str) -> str:
         if not given.startswith("-"):
-            return f"unexpected argument {given!r}; a prompt goes after --prompt, in quotes"
+            return f"unexpected argument {given!r}; {self.extra}"
         name = given.partition("=")[0]
         near = difflib.get_close_matches(name, [o for a in self._actions for o in a.option_strings], n=1)
         return f"unknown option {name!r}; " + (f"did you mean {near[0]}?" if near else "--help lists them all")

@@ -1,4 +1,4 @@
-"""The packaged checkpoint: official format, small, every trap of the architecture alive, and as good as its card says."""
+"""The packaged checkpoint: official format, small, every trap alive, and as good as its card says."""
 
 from __future__ import annotations
 

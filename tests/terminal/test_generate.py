@@ -67,7 +67,7 @@ def test_stop_and_max_tokens(capsys):
 def test_only_given_options_are_passed_on(monkeypatch):
     seen = {}
 
-    def stream(model, processor, prompt, **options):
+    def stream(model, processor, prompt, *, seed, **options):  # a seed is always there, to be reported
         seen.update(options)
         return iter(())
 
