@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from os import PathLike, fspath
 from typing import Any
 
 from . import hub
-from .backend import Choice, Model, choose, implementation
+from .backend import Choice, Masks, Model, choose, implementation
 from .config import GenerationConfig, ModelConfig
-from .errors import MemoryBudgetError, OptionError
+from .errors import CheckpointError, MemoryBudgetError, OptionError
 from .events import Block, Draft, Event, Finished
 from .formats import open_checkpoint
 from .prompts.processor import Processor, Prompt
 from .sampling import engine
 from .sampling.noise import fresh_seed
+from .tensors import item_bytes
 
 HEADROOM = 1.1  # weights times this must fit: activations and the cache of a short prompt
 
 
 def load(
-    model: str, *, backend: str = "auto", dtype: str | None = None, revision: str | None = None
+    model: str | PathLike[str], *, backend: str = "auto", dtype: str | None = None, revision: str | None = None
 ) -> tuple[Model, Processor]:
     """Load a checkpoint.
 
@@ -44,14 +46,14 @@ def load(
     def fits(config: ModelConfig, stored: int) -> None:
         check_fit(choice, stored * _growth(config, choice, dtype), code.memory(choice.device))
 
-    checkpoint = open_checkpoint(hub.resolve(model, fits, revision))
+    checkpoint = open_checkpoint(hub.resolve(fspath(model), fits, revision))
     processor = Processor.from_folder(checkpoint.folder, checkpoint.generation)
     return code.load(checkpoint, device=choice.device, dtype=dtype), processor
 
 
 def _growth(config: ModelConfig, choice: Choice, dtype: str | None) -> float:
     """Bytes in memory by bytes on disk."""
-    stored = 4 if "32" in config.dtype else 2
+    stored = item_bytes(config)
     wanted = {"float32": 4, "bfloat16": 2, None: stored}["float32" if choice.name == "reference" else dtype]
     return wanted / stored
 
@@ -60,8 +62,8 @@ def check_fit(choice: Choice, needed: float, free: int) -> None:
     """Raise ``MemoryBudgetError`` when ``needed`` bytes of weights cannot fit into ``free`` (0 = unknown, passes)."""
     if free and needed * HEADROOM > free:
         raise MemoryBudgetError(
-            f"the model needs {needed * HEADROOM / 1e9:.1f} GB on backend {choice.name!r}, of which "
-            f"{free / 1e9:.1f} GB are free; close other programs, use a machine with more memory, "
+            f"the model needs {needed * HEADROOM / 1e9:.1f} GB on backend {choice.name!r}; "
+            f"{free / 1e9:.1f} GB are free: close other programs, use a machine with more memory, "
             "or a smaller checkpoint"
         )
 
@@ -73,8 +75,10 @@ def generate(model: Model, processor: Processor, prompt: Prompt, **options: Any)
 
 def batch_generate(model: Model, processor: Processor, prompts: Sequence[Prompt], **options: Any) -> list[Finished]:
     """Answer several prompts in one batch, in their order. Row r draws from seed + r, as a call of its own would."""
-    if isinstance(prompts, str):
-        raise OptionError("prompts is a string; batch_generate takes a list of prompts, generate takes one")
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise OptionError(f"prompts is {prompts!r:.80}; batch_generate takes a list of prompts, generate takes one")
+    if prompts and isinstance(prompts[0], Mapping):
+        raise OptionError("prompts is one list of messages; batch_generate takes a list of prompts, generate takes one")
     requests, render = _prepare(model, processor, prompts, options)
     results = [event for event in map(render, engine.run(model, engine.fixed(requests))) if isinstance(event, Finished)]
     return sorted(results, key=lambda result: result.row)
@@ -109,7 +113,7 @@ def _prepare(
     options = dict(options)
     seed = _seed(options.pop("seed", None))
     stop = _stops(options.pop("stop", None))
-    masks = tuple(options.pop("masks", None) or ())
+    masks = _masks(options.pop("masks", None))
     thinking, system = options.pop("enable_thinking", None), options.pop("system", None)
     settings = processor.generation.replace(**options)
     for mask in masks:
@@ -117,6 +121,11 @@ def _prepare(
     requests = []
     for row, prompt in enumerate(prompts):
         ids = processor.prompt_ids(prompt, enable_thinking=thinking, system=system)
+        if max(ids, default=0) >= model.config.text.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer gave id {max(ids)}, the model has {model.config.text.vocab_size:,} of them; "
+                "are they of one model?"
+            )
         check_context(model.config, len(ids), settings)
         ended = (lambda tokens: _cut(processor.parse(tokens).text, stop)[1]) if stop else None
         requests.append(engine.Request(row, ids, settings, (seed + row) % 2**64, masks, ended))
@@ -132,10 +141,17 @@ def _seed(seed: Any) -> int:
 
 
 def _stops(stop: Any) -> tuple[str, ...]:
-    texts = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if not all(isinstance(text, str) and text for text in texts):
+    texts = (stop,) if isinstance(stop, str) else stop or ()
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
         raise OptionError(f"stop={stop!r} must be a text or a list of texts, none empty")
-    return texts
+    return tuple(texts)
+
+
+def _masks(masks: Any) -> tuple[Masks, ...]:
+    rows = () if masks is None else masks
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, Masks) for row in rows):
+        raise OptionError(f"masks={masks!r:.80} must be a list of Masks, one per block")
+    return tuple(rows)
 
 
 def check_context(config: ModelConfig, prompt: int, settings: GenerationConfig) -> None:

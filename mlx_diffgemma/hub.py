@@ -1,22 +1,25 @@
 """From a model name to a folder: ``demo``, a local folder, or a hub repository, downloaded once and kept.
 
-``HF_HUB_OFFLINE``, ``HF_HOME`` and ``HF_TOKEN`` mean what they mean to huggingface_hub. A download resumes where it
-stopped. Config and index come first, so that a model that cannot fit is refused before its weights are fetched.
+``HF_HUB_OFFLINE``, ``HF_HOME`` and ``HF_TOKEN`` mean what they mean to huggingface_hub. A cut connection is taken up
+where it broke; a download that was stopped keeps its finished files. Config and index come first, so that a model that
+cannot fit is refused before its weights are fetched.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from .config import ModelConfig, read_json
+from .errors import CheckpointError
 from .tensors import stored_bytes
 
 DEMO = Path(__file__).parent / "demo_checkpoint"
-SMALL = ("config.json", "generation_config.json")
 INDEX = "model.safetensors.index.json"
-WANTED = ["*.json", "*.jinja", "*.model", "*.safetensors"]
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+WANTED, FOLDERS = ["*.json", "*.jinja", "*.model", "*.safetensors"], ["*/*"]  # a checkpoint is flat
 
 
 def resolve(name: str, fits: Callable[[ModelConfig, int], None], revision: str | None = None) -> Path:
@@ -25,44 +28,75 @@ def resolve(name: str, fits: Callable[[ModelConfig, int], None], revision: str |
     Raises:
         FileNotFoundError: no such folder, and not a name the hub knows; the message says which was tried.
     """
-    folder = DEMO if name == "demo" else Path(name).expanduser()
-    if folder.is_dir():
+    folder = DEMO if name == "demo" else _expanded(name)
+    if name and folder.is_dir():
         fits(ModelConfig.from_folder(folder), _folder_bytes(folder))
         return folder
-    if name == "demo" or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if folder.is_file():
+        raise FileNotFoundError(f"{name!r} is a file; give the checkpoint folder it is in")
+    if not HUB_NAME.fullmatch(name):
         example = "google/diffusiongemma-26B-A4B-it"
         raise FileNotFoundError(f"{name!r} is neither a folder here nor a hub name like {example!r}")
     return _download(name, fits, revision)
 
 
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{name!r}: there is no such user; give a folder or a hub name") from error
+
+
 def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
 
 
 def _download(name: str, fits: Callable[[ModelConfig, int], None], revision: str | None) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors
 
     def fetch(file: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(name, file, revision=revision))
 
     try:
-        config = ModelConfig.from_dict(read_json(fetch(SMALL[0])))
+        config = ModelConfig.from_dict(read_json(fetch("config.json")))
         try:
-            total = int(read_json(fetch(INDEX))["metadata"]["total_size"])
-        except EntryNotFoundError:
+            total = _total(fetch(INDEX))
+        except errors.EntryNotFoundError:
             total = stored_bytes(config)  # a single file has no index
         fits(config, total)
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=WANTED))
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"the hub has no model {name!r} (or it is private: set HF_TOKEN)") from error
-    except LocalEntryNotFoundError as error:
-        offline = "HF_HUB_OFFLINE is set and " if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached and "
-        raise FileNotFoundError(f"{offline}{name!r} is not in the local cache; download it once online") from error
-    except HfHubHTTPError as error:
-        raise FileNotFoundError(f"the hub refused {name!r}: {str(error).splitlines()[0]}") from error
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=WANTED, ignore_patterns=FOLDERS)
+        )
+    except errors.HFValidationError as error:
+        raise FileNotFoundError(f"{name!r} is neither a folder here nor a hub name: {_first_line(error)}") from error
+    except errors.GatedRepoError as error:
+        page = f"https://huggingface.co/{name}"
+        raise FileNotFoundError(f"{name!r} is gated: accept its terms at {page} and set HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name!r} is no folder here and the hub has no such model (or it is private: set HF_TOKEN)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{name!r} has no revision {revision!r}; leave it out for the newest") from error
+    except errors.LocalEntryNotFoundError as error:
+        offline = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
+        raise FileNotFoundError(
+            f"{name!r} is no folder here and not whole in the local cache, and {offline}; download it once online"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise FileNotFoundError(f"{name!r} on the hub has no config.json; it is no checkpoint") from error
+    except (errors.HTTPError, OSError) as error:  # refused, cut off for good, or the disk is full
+        raise FileNotFoundError(f"{name!r} could not be downloaded ({_first_line(error)}); try again") from error
+
+
+def _total(index: Path) -> int:
+    metadata = read_json(index).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if not isinstance(total, int | float) or total < 0:
+        raise CheckpointError(f"{index}: metadata.total_size is {total!r:.80}, expected the bytes of all tensors")
+    return int(total)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -47,9 +47,14 @@ def encoder_scalar(layer: int) -> str:
     return f"{ENCODER}.layers.{layer}.layer_scalar"
 
 
-def stored_bytes(config: ModelConfig, item: int = 2) -> int:
-    """Bytes of all tensors at ``item`` bytes an element."""
-    return item * sum(row.size for row in _rows(config))
+def item_bytes(config: ModelConfig) -> int:
+    """Bytes of an element in the config's dtype."""
+    return 4 if config.dtype == "float32" else 2
+
+
+def stored_bytes(config: ModelConfig) -> int:
+    """Bytes of all tensors in the config's dtype."""
+    return item_bytes(config) * sum(row.size for row in _rows(config))
 
 
 def _rows(config: ModelConfig) -> Iterator[Tensor]:

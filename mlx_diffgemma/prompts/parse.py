@@ -18,6 +18,13 @@ class Parsed:
 
 
 def parse(raw: str) -> Parsed:
-    """Split text that still holds its channel tokens. An unclosed thought, as in a draft, runs to the end."""
+    """Split text that still holds its channel tokens. An unclosed thought, as in a draft, runs to the end.
+
+    A channel token without its partner is dropped like any other control token.
+    """
     thoughts = [match.strip() for match in THOUGHT.findall(raw)]
-    return Parsed(THOUGHT.sub("", raw), "\n".join(filter(None, thoughts)))
+    text = THOUGHT.sub("", raw)
+    before, opened, name = text.rpartition(OPEN)
+    if opened and "thought".startswith(name):  # the draft ends within the channel's name
+        text = before
+    return Parsed(text.replace(OPEN, "").replace(CLOSE, ""), "\n".join(filter(None, thoughts)))

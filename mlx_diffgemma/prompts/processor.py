@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config import GenerationConfig
 from ..errors import OptionError
-from .chat import Message, load_template, render, special_tokens
+from .chat import Message, checked, load_template, render, special_tokens
 from .parse import CLOSE, OPEN, Parsed, parse
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -41,7 +41,7 @@ class Processor:
                 raise OptionError("the prompt is empty; write something to answer")
             prompt = [{"role": "user", "content": prompt}]
         if system is not None:
-            prompt = [{"role": "system", "content": system}, *prompt]
+            prompt = [{"role": "system", "content": system}, *checked(prompt)]
         if self.template is None:
             raise OptionError("this checkpoint has no chat template; put its chat_template.jinja beside the weights")
         text = render(self.template, prompt, tokens=self.tokens, enable_thinking=enable_thinking)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -40,6 +41,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model; download it again")
 
 
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged ({' '.join(str(error).split()):.200}); download it again")
+
+
 class FastTokenizer:
     def __init__(self, path: Path):
         import tokenizers
@@ -47,7 +52,7 @@ class FastTokenizer:
         try:
             self._inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # tokenizers raises a bare Exception for a damaged file
-            raise CheckpointError(f"{path} is damaged ({error}); download it again") from error
+            raise _damaged(path, error) from error
         self.vocab_size = self._inner.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
@@ -70,13 +75,24 @@ class SentencePieceTokenizer:
         try:
             self._inner = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); download it again") from error
+            raise _damaged(path, error) from error
         self.vocab_size = self._inner.vocab_size()
+        control = [self._inner.id_to_piece(i) for i in range(self.vocab_size) if self._control(i)]
+        longest_first = sorted(map(re.escape, filter(None, control)), key=len, reverse=True)
+        self._written_out = re.compile(f"({'|'.join(longest_first)})" if longest_first else r"(?!)")
 
     def encode(self, text: str) -> list[int]:
-        return self._inner.encode(text)
+        """Piece by piece between control tokens, which sentencepiece itself would spell out."""
+        ids: list[int] = []
+        for i, part in enumerate(self._written_out.split(text)):
+            if i % 2:
+                ids.append(self._inner.piece_to_id(part))
+            elif part:
+                ids += self._inner.encode(part)
+        return ids
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        ids = [int(i) for i in ids if 0 <= i < self.vocab_size]  # as tokenizers drops what it does not know
         if not special:
             return self._inner.decode([i for i in ids if not self._control(i)])
         parts: list[str] = []
@@ -97,4 +113,4 @@ class SentencePieceTokenizer:
         return found if self._inner.id_to_piece(found) == token else None
 
     def token_of(self, id: int) -> str:
-        return self._inner.id_to_piece(id)
+        return self._inner.id_to_piece(id) if 0 <= id < self.vocab_size else f"<{id}>"
