@@ -100,6 +100,8 @@ def render(
         OptionError: malformed messages, or thinking asked of a template that has no such switch.
         CheckpointError: the template itself fails.
     """
+    import jinja2
+
     rows = checked(messages)
     if not isinstance(enable_thinking, bool | None):
         raise OptionError(f"enable_thinking={enable_thinking!r:.80} must be True, False or None")
@@ -111,11 +113,12 @@ def render(
     names = {"messages": rows, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     try:
         return _compiled(template).render(**{**tokens, **names, **switches})
-    except Exception as error:  # whatever the checkpoint's own code may raise
+    except (jinja2.TemplateError, *FAULTS) as error:  # the template is code, the checkpoint's
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"the checkpoint's chat template refuses these messages: {reason}") from error
 
 
+FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 READS_PARTS = re.compile(r"""\[\s*['"]type['"]\s*\]|\.type\b|\.get\(\s*['"]type['"]""")
 
 
