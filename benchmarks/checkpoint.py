@@ -61,10 +61,11 @@ def word(id: int) -> str:
 
 
 def write(folder: Path) -> Path:
-    """The checkpoint in ``folder``, written unless it is there already. Needs transformers."""
-    stamp = folder / "complete"
-    if stamp.is_file():
+    """The checkpoint in ``folder``, written unless this very one is there already. Needs transformers."""
+    stamp, recipe = folder / "recipe.json", json.dumps([SEED, CANVAS, SHAPE, GENERATION])
+    if stamp.is_file() and stamp.read_text() == recipe:
         return folder
+    stamp.unlink(missing_ok=True)
     import torch
     from transformers import DiffusionGemmaForBlockDiffusion
 
@@ -78,7 +79,7 @@ def write(folder: Path) -> Path:
     put(folder / "config.json", googles(json.loads((folder / "config.json").read_text())))
     put(folder / "generation_config.json", GENERATION)
     write_tokenizer(folder)
-    stamp.touch()
+    stamp.write_text(recipe)
     return folder
 
 

@@ -13,7 +13,8 @@ timestamps between drafts could not be had from mlx-vlm, whose public stream giv
 hold one first step, which is cheaper, and one last step, which some cut short: these cancel too.
 
 Each round gives a ratio ours / peer; the goal is for their median. ``--quick`` is for CI: one round of few steps cannot
-settle a goal, so it only fails when we are slower than the peer. The time to the first draft is reported as a share of
+settle a goal, so it only fails when we are slower than the peer, and it takes one thread, since two that must wait for
+each other take seconds where others want the cores too. The time to the first draft is reported as a share of
 one call over four blocks; it has no goal.
 """
 
@@ -219,11 +220,13 @@ def table(record: dict[str, Any]) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="time this library against its peers")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, help="default all cores; 1 with --quick, which tolerates other work")
     parser.add_argument("--only", choices=list(PAIRS))
-    parser.add_argument("--quick", action="store_true", help="one round of few steps; goals become: not slower")
+    parser.add_argument("--quick", action="store_true", help="one round of few steps; the goal is 1")
     parser.add_argument("--out", type=Path, help=f"default {RESULTS.relative_to(ROOT)}, for a full run")
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    chosen.threads = chosen.threads or (1 if chosen.quick else os.cpu_count())
+    return chosen
 
 
 def main() -> None:
