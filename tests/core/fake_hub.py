@@ -64,11 +64,13 @@ class Handler(BaseHTTPRequestHandler):
     def api(self, repo: str, rest: list[str]) -> None:
         if repo not in self.hub.repos:
             return self.answer(404, {"X-Error-Code": "RepoNotFound"})
-        files = sorted(path for path in self.hub.repos[repo].iterdir())
+        folder = self.hub.repos[repo]
+        files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
         if rest[:1] == ["tree"]:
-            found: Any = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": etag(f)} for f in files]
+            sizes = {name: path.stat().st_size for name, path in files.items()}
+            found: Any = [{"type": "file", "path": n, "size": sizes[n], "oid": etag(f)} for n, f in files.items()]
         else:
-            found = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files]}
+            found = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
         return self.answer(200, {"Content-Type": "application/json"}, json.dumps(found).encode())
 
     def file(self, repo: str, name: str) -> None:

@@ -94,13 +94,15 @@ def refused(outcome: dict[str, Any], *parts: str, kind: str = "FileNotFoundError
 
 
 def test_a_model_is_downloaded_once_and_then_read_from_the_cache(hub: FakeHub, tmp_path: Path):
-    """Twice online: weights come once. Then offline: nothing is asked at all."""
+    """Twice online: weights come once, and only they. Then offline: nothing is asked at all."""
     hub.repos["org/demo"] = plain(tmp_path / "demo")
     (tmp_path / "demo" / "training_state.bin").write_bytes(b"not ours")
+    (tmp_path / "demo" / "original").mkdir()
+    (tmp_path / "demo" / "original" / "consolidated.safetensors").write_bytes(b"twice the gigabytes")
     first, second = child(hub, tmp_path / "cache", "org/demo", "org/demo")
     assert first == second and first["text"]
     assert hub.downloads(".safetensors") == ["model.safetensors"]
-    assert "training_state.bin" not in hub.downloads()
+    assert set(hub.downloads()) == {path.name for path in DEMO.iterdir()}
     (offline,) = child(hub, tmp_path / "cache", "org/demo", offline=True)
     assert offline == first and hub.log == []
 

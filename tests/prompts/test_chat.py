@@ -120,6 +120,13 @@ def test_the_format_itself():
     assert thinking == f"<bos><|turn>system\n<|think|>\nBe brief.<turn|>\n{rest}"
 
 
+def test_the_whitespace_around_blocks_is_that_of_transformers(official: PreTrainedTokenizerFast):
+    """Templates without dashes rely on trimmed and stripped blocks; each stray line break is a token."""
+    template = "{{ bos_token }}\n{% for m in messages %}\n    {% if m.role %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n"
+    ours = render(template, [USER, ANSWER], tokens=TOKENS)
+    assert ours == official.apply_chat_template([USER, ANSWER], chat_template=template, tokenize=False)
+
+
 def test_the_demo_template_renders_as_in_transformers(official: PreTrainedTokenizerFast):
     messages = [USER, ANSWER, USER]
     ours = render(load_template(DEMO), messages, tokens=special_tokens(DEMO))
