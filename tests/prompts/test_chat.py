@@ -122,7 +122,9 @@ def test_the_format_itself():
 
 def test_the_whitespace_around_blocks_is_that_of_transformers(official: PreTrainedTokenizerFast):
     """Templates without dashes rely on trimmed and stripped blocks; each stray line break is a token."""
-    template = "{{ bos_token }}\n{% for m in messages %}\n    {% if m.role %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n"
+    template = (
+        "{{ bos_token }}\n{% for m in messages %}\n  {% if m.role %}\n{{ m.content }}\n  {% endif %}\n{% endfor %}\n"
+    )
     ours = render(template, [USER, ANSWER], tokens=TOKENS)
     assert ours == official.apply_chat_template([USER, ANSWER], chat_template=template, tokenize=False)
 
