@@ -100,7 +100,9 @@ def _block(
     device, length, vocab = clamp.device, config.canvas_length, config.text.vocab_size
     steps, count = len(noise.draw), len(settings)
     stops = [s.stability_threshold is not None and s.confidence_threshold is not None for s in settings]
-    depths = [s.stability_threshold if stop else 0 for s, stop in zip(settings, stops, strict=True)]
+    # A row has fewer earlier canvases than steps: a deeper threshold is never met, and needs no longer history.
+    wanted = [min(s.stability_threshold or 0, s.max_denoising_steps) for s in settings]
+    depths = [depth if stop else 0 for depth, stop in zip(wanted, stops, strict=True)]
     age = np.arange(max(depths), 0, -1)[:, None]  # 1 is the newest
     temperature = np.ones((steps, count), np.float32)
     for row, s in enumerate(settings):

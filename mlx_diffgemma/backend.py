@@ -42,15 +42,28 @@ class Masks:
     banned_until: int = 0
 
     def checked(self, canvas_length: int, vocab_size: int) -> Masks:
-        """Itself, when every array has the canvas's shape and every id is in the vocabulary."""
+        """Itself, when every array has the canvas's shape and every id is in the vocabulary.
+
+        Raises:
+            OptionError: the first thing that does not fit.
+        """
         for name in ("init", "clamp", "renoise_from"):
             mask = getattr(self, name)
             if mask is None:
                 continue
             if np.shape(mask) != (canvas_length,):
                 raise OptionError(f"{name} has shape {np.shape(mask)}, a canvas here has ({canvas_length},) positions")
+            if np.asarray(mask).dtype.kind not in "iu":
+                raise OptionError(f"{name} holds {np.asarray(mask).dtype} values, expected token ids")
             if np.min(mask) < UNSET or np.max(mask) >= vocab_size:
                 raise OptionError(f"{name} holds {np.min(mask)}..{np.max(mask)}, ids run from -1 to {vocab_size - 1}")
+        outside = [id for id in self.banned if not isinstance(id, int | np.integer) or not 0 <= id < vocab_size]
+        if outside:
+            raise OptionError(f"banned holds {outside[0]!r}, ids run from 0 to {vocab_size - 1}")
+        if len(set(self.banned)) == vocab_size:
+            raise OptionError("banned holds every id; leave at least one")
+        if not 0 <= self.banned_until <= canvas_length:
+            raise OptionError(f"banned_until={self.banned_until} must be from 0 to {canvas_length}")
         return self
 
 

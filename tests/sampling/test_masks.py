@@ -158,7 +158,28 @@ def test_the_noise_of_a_position_never_depends_on_masks():
     assert both.sum() > ROWS and (a.canvas[both] == b.canvas[both]).all()
 
 
-@pytest.mark.parametrize("mask", [np.zeros(3, np.int32), np.full(LENGTH, VOCAB), np.full(LENGTH, -2)])
+@pytest.mark.parametrize("mask", [np.zeros(3, np.int32), np.full(LENGTH, VOCAB), np.full(LENGTH, -2), np.zeros(LENGTH)])
 def test_a_mask_that_does_not_fit_is_refused(mask):
     with pytest.raises(OptionError, match="clamp"):
         Masks(clamp=mask).checked(LENGTH, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("banned", "until", "named"),
+    [((VOCAB,), 1, "512"), ((-1,), 1, "-1"), ((0.5,), 1, "0.5"), (range(VOCAB), 1, "every"), ((3,), -1, "-1")],
+)
+def test_a_ban_that_does_not_fit_is_refused(banned, until, named):
+    """Unchecked, a negative id or bound means another position on every backend."""
+    with pytest.raises(OptionError, match=f"banned.*{named}"):
+        Masks(banned=tuple(banned), banned_until=until).checked(LENGTH, VOCAB)
+
+
+def test_a_stability_threshold_beyond_the_steps_is_never_met(backend):
+    """Nor does it make a history of that length."""
+    model = load_model(checkpoint(seed=3, calm=True), backend, "float32")
+    settings = GenerationConfig(max_denoising_steps=3, stability_threshold=2**40, confidence_threshold=1e6)
+    specs = [CanvasSpec(settings.replace(stability_threshold=n), 1) for n in (2**40, 3, 0)]
+    state = model.begin(model.encode(np.ones((3, 5), np.int64)), specs)
+    for _ in range(3):
+        state = model.step(state)
+    assert model.read(state).steps.tolist() == [3, 3, 1]
