@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mlx_diffgemma import machine
-from mlx_diffgemma.backend import CanvasSpec, CanvasView
+from mlx_diffgemma.backend import TEXT_ONLY, CanvasSpec, CanvasView
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import OptionError
 
@@ -39,6 +39,7 @@ class TorchModel:
             "kernels": "ops",
             "weight_bytes": self.network.weights.nbytes,
             "approximations": [],
+            "notes": [TEXT_ONLY] if self.config.vision else [],
         }
 
     def peak_memory(self) -> int:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .formats import Checkpoint
 
 Array = np.ndarray
+TEXT_ONLY = "text only: the vision tower is not loaded"  # a note for ``describe()``
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from .config import ModelConfig, TextConfig, VisionConfig
 Role = Literal[
     "embedding", "norm", "attention", "mlp", "experts", "router", "scalar", "self_conditioning", "vision", "projector"
 ]
+VISION: tuple[Role, ...] = ("vision", "projector")  # no backend runs these yet
 DECODER, ENCODER = "model.decoder", "model.encoder.language_model"
 
 

@@ -8,12 +8,12 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
+from ..backend import TEXT_ONLY
 from ..errors import OptionError
 from ..formats import Checkpoint
-from ..tensors import Role
+from ..tensors import VISION
 
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
-NOT_READ: tuple[Role, ...] = ("vision", "projector")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def read_weights(checkpoint: Checkpoint, dtype: str | None) -> Weights:
     wide_experts = dtype != "float32" and mx.default_device() == mx.Device(mx.cpu)
     tensors = {}
     for name, row in checkpoint.table.items():
-        if row.role in NOT_READ:
+        if row.role in VISION:
             continue
         wide = row.role == "norm" or name.endswith("per_expert_scale") or (wide_experts and row.role == "experts")
         tensors[name] = to_mlx(checkpoint.read(name)).astype(mx.float32 if wide else DTYPES[dtype])
@@ -53,7 +53,7 @@ def read_weights(checkpoint: Checkpoint, dtype: str | None) -> Weights:
     if wide_experts:
         notes.append("experts are computed in float32: MLX has no bfloat16 gather_mm on the CPU")
     if checkpoint.config.vision:
-        notes.append("text only: the vision tower is not loaded")
+        notes.append(TEXT_ONLY)
     return Weights(tensors, dtype, tuple(notes))
 
 

@@ -9,16 +9,18 @@ from ..backend import CHOICES
 from ..errors import OptionError
 from ..formats import Checkpoint
 from ..machine import free_memory
+from ..tensors import VISION
 from .model import ReferenceModel
 from .network import Network
 
 
 def load(checkpoint: Checkpoint, *, device: str = "cpu", dtype: str | None = None) -> ReferenceModel:
-    """Read all weights as float32."""
+    """Read the text weights as float32."""
     assert device == CHOICES["reference"].device
     if dtype not in (None, "float32"):
         raise OptionError(f"dtype={dtype!r}: the reference computes in float32 only")
-    weights = {name: checkpoint.read(name).astype("float32") for name in checkpoint.table}
+    names = [name for name, row in checkpoint.table.items() if row.role not in VISION]
+    weights = {name: checkpoint.read(name).astype("float32") for name in names}
     return ReferenceModel(checkpoint.config, Network(checkpoint.config.text, weights))
 
 

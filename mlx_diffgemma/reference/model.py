@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import machine
-from ..backend import CanvasSpec, CanvasView, given
+from ..backend import TEXT_ONLY, CanvasSpec, CanvasView, given
 from ..config import UNSET, ModelConfig
 from ..sampling import rules
 from ..sampling.noise import BlockNoise, block_noise
@@ -74,6 +74,7 @@ class ReferenceModel:
             "kernels": "numpy",
             "weight_bytes": sum(w.nbytes for w in self.network.weights.values()),
             "approximations": [],
+            "notes": [TEXT_ONLY] if self.config.vision else [],
         }
 
     def peak_memory(self) -> int:

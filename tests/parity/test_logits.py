@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from mlx_diffgemma.formats import open_checkpoint
+from mlx_diffgemma.tensors import VISION
 from tests.conftest import load_model
 from tests.official import Official, top_gap
 from tests.tiny import FULL, SLIDING, TEXT, checkpoint
@@ -155,3 +157,10 @@ def test_odd_configurations_differ_only_at_router_ties(backend, record):
         assert gap < ROUTER_GAP or not (apart > 1e-2).any(), f"seed {index}: rows differ, no router tie (gap {gap:.1e})"
     record(model=backend, case="20 odd configurations", rows=rows, rows_off=off, worst_median=worst)
     assert off <= 0.03 * rows
+
+
+def test_the_vision_tower_is_not_loaded_and_that_is_said(backend):
+    folder = checkpoint()
+    described, table = load_model(folder, backend, "float32").describe(), open_checkpoint(folder).table
+    text = sum(row.size for row in table.values() if row.role not in VISION)
+    assert described["weight_bytes"] == 4 * text and any("vision" in note for note in described["notes"])
