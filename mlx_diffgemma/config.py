@@ -21,6 +21,7 @@ SAMPLER = "EntropyBoundSamplerConfig"
 SLIDING, FULL = "sliding_attention", "full_attention"
 MODEL_TYPES = ("diffusion_gemma", "diffusion_gemma4")  # the second is the pre-release name
 UNSET = -1
+MOST_STEPS, COLDEST = 10_000, 1e-6  # noise is made for all steps at once; logits over less than this leave float32
 
 
 @dataclass(frozen=True)
@@ -331,11 +332,14 @@ class GenerationConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise OptionError(f"{name}={value!r} must be a whole number of at least 1")
-        _number("t_min", self.t_min, least=0)
-        _number("t_max", self.t_max, least=0)
-        _number("temperature", self.temperature, least=0)
+        if self.max_denoising_steps > MOST_STEPS:
+            raise OptionError(f"max_denoising_steps={self.max_denoising_steps} must be at most {MOST_STEPS:,}")
+        for name in ("t_min", "t_max", "temperature"):
+            _number(name, getattr(self, name), least=0)
         if self.t_max <= self.t_min:
             raise OptionError(f"t_max={self.t_max} must be greater than t_min={self.t_min}")
+        if (self.t_min + (self.t_max - self.t_min) / self.max_denoising_steps) * (self.temperature or 1) < COLDEST:
+            raise OptionError(f"temperature={self.temperature} is too small to divide by; 0 takes the likeliest token")
         _number("entropy_bound", self.entropy_bound, above=0)
         if self.confidence_threshold is not None:
             _number("confidence_threshold", self.confidence_threshold, above=0)
@@ -361,14 +365,11 @@ class GenerationConfig:
         values["max_tokens"] = data.get("max_new_tokens")
         values["entropy_bound"] = sampler.get("entropy_bound")
         given = {name: value for name, value in values.items() if value is not None}
-        eos, pad = (
-            _ids("eos_token_id", data.get("eos_token_id"), file),
-            _id("pad_token_id", data.get("pad_token_id"), file),
-        )
+        pad = _id("pad_token_id", data.get("pad_token_id"), file)
         try:
             return cls(
                 **given,
-                eos_token_ids=eos or config.eos_token_ids,
+                eos_token_ids=_ids("eos_token_id", data.get("eos_token_id"), file) or config.eos_token_ids,
                 pad_token_id=config.pad_token_id if pad is None else pad,
             )
         except OptionError as error:
