@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 
 
@@ -28,6 +27,10 @@ def total_memory() -> int:
 
 
 def peak_memory() -> int:
-    """Most bytes of main memory that this process has held at once."""
+    """Most bytes of main memory that this process has held at once; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource  # which Windows does not have
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
