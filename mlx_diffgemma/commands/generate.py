@@ -23,7 +23,7 @@ from .options import INTERRUPTED, Parser, given, hush, mistake, number, number_o
 PROG = "mlx_diffgemma.generate"
 SAMPLER = {
     "max_denoising_steps": (whole, "N", "most denoising steps per canvas"),
-    "t_min": (number, "T", "temperature of the last step"),
+    "t_min": (number, "T", "temperature towards which the steps cool down"),
     "t_max": (number, "T", "temperature of the first step"),
     "entropy_bound": (number, "NATS", "joint entropy up to which tokens are accepted in one step"),
     "stability_threshold": (whole_or_off, "N", "equal drafts in a row that end a canvas early; 'off' uses every step"),

@@ -54,11 +54,17 @@ def number(text: str) -> float:
 
 
 def whole_or_off(text: str) -> int | None:
-    return None if text == "off" else whole(text)
+    try:
+        return None if text == "off" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; give one such as 1, or off") from None
 
 
 def number_or_off(text: str) -> float | None:
-    return None if text == "off" else number(text)
+    try:
+        return None if text == "off" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give one such as 0.005, or off") from None
 
 
 def mistake(prog: str, error: Exception) -> int:
