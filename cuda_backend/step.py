@@ -143,12 +143,10 @@ def given(mask: Tensor, otherwise: Tensor) -> Tensor:
 def banned_by_slice(masks: Sequence[Masks], length: int, vocab_size: int, device: torch.device) -> Bans:
     """Per slice of the vocabulary pass, (row in the slice, id) of all that is banned there; None where nothing is."""
     pairs = [
-        (row * length + position, token)
+        (np.repeat(np.arange(m.banned_until) + row * length, len(m.banned)), np.tile(m.banned, m.banned_until))
         for row, m in enumerate(masks)
-        for position in range(min(m.banned_until, length))
-        for token in m.banned
     ]
-    table = np.array(pairs, np.int64).reshape(-1, 2)
+    table = np.concatenate([np.stack(pair, -1) for pair in pairs]).astype(np.int64)
     found: Bans = []
     for rows in slices(len(masks) * length, vocab_size):
         inside = table[(table[:, 0] >= rows.start) & (table[:, 0] < rows.stop)] - (rows.start, 0)
