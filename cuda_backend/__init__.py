@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from mlx_diffgemma.errors import OptionError
+from mlx_diffgemma.errors import BackendError, OptionError
 from mlx_diffgemma.formats import Checkpoint
 from mlx_diffgemma.machine import free_memory
 
 from .load import read_weights
 from .model import TorchModel
 
+ALIGNMENT = 16  # bytes, of the rows that torch's grouped product reads
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -24,10 +25,18 @@ def load(checkpoint: Checkpoint, *, device: str, dtype: str | None = None) -> To
 
     Raises:
         OptionError: another dtype.
+        BackendError: experts whose rows are not whole multiples of ``ALIGNMENT``.
     """
     name = dtype or checkpoint.dtype
     if name not in DTYPES:
         raise OptionError(f"dtype={name!r} cannot be computed in here; choose {' or '.join(DTYPES)}")
+    for field in ("hidden_size", "moe_intermediate_size"):
+        size = getattr(checkpoint.config.text, field)
+        if size * DTYPES[name].itemsize % ALIGNMENT:
+            raise BackendError(
+                f"torch cannot group experts of {field}={size} in {name}: a row must be a multiple of {ALIGNMENT} bytes; "
+                "use backend 'mlx' or 'reference'"
+            )
     place = torch.device(device)
     return TorchModel(checkpoint.config, read_weights(checkpoint, place, DTYPES[name]), place, DTYPES[name])
 

@@ -11,7 +11,7 @@ import torch
 import cuda_backend
 from cuda_backend import model as torch_model
 from cuda_backend import vocabulary
-from mlx_diffgemma.errors import OptionError
+from mlx_diffgemma.errors import BackendError, OptionError
 from mlx_diffgemma.formats import open_checkpoint
 from tests.conftest import load_model
 from tests.tiny import TEXT, checkpoint
@@ -157,3 +157,11 @@ def test_describes_itself_and_refuses_what_it_cannot_do():
         cuda_backend.load(open_checkpoint(checkpoint(seed=1)), device="cpu", dtype="float16")
     with pytest.raises(OptionError, match="attention"):
         model.inspect(model.encode(np.ones((1, 3))), np.ones((1, 16)), want=("attention",))
+
+
+def test_experts_that_torch_cannot_group_are_refused_before_loading():
+    """In bfloat16 a row of 20 is 40 bytes; in float32 it is 80, five times 16."""
+    folder = checkpoint(seed=1, shape=(("moe_intermediate_size", 20),))
+    assert load_model(folder, "cpu", "float32").encode(np.ones((1, 3))).lengths.tolist() == [3]
+    with pytest.raises(BackendError, match="moe_intermediate_size=20"):
+        load_model(folder, "cpu", "bfloat16")
