@@ -34,7 +34,7 @@ def load(checkpoint: Checkpoint, *, device: str, dtype: str | None = None) -> To
         size = getattr(checkpoint.config.text, field)
         if size * DTYPES[name].itemsize % ALIGNMENT:
             raise BackendError(
-                f"torch cannot group experts of {field}={size} in {name}: a row must be a multiple of {ALIGNMENT} bytes; "
+                f"torch cannot group experts of {field}={size} in {name}: rows must be multiples of {ALIGNMENT} bytes; "
                 "use backend 'mlx' or 'reference'"
             )
     place = torch.device(device)
