@@ -61,10 +61,8 @@ class TorchCache:
         self.scores: np.ndarray | None = None
         text, canvas = config.text, config.canvas_length
         shapes = zip(text.num_key_value_heads, text.head_dims, strict=True)
-        self.layers = [
-            tuple(torch.zeros(rows, heads, canvas, dim, device=device, dtype=dtype) for _ in range(2))
-            for heads, dim in shapes
-        ]
+        empty = [torch.zeros(rows, heads, canvas, dim, device=device, dtype=dtype) for heads, dim in shapes]
+        self.layers = [(k, k.clone()) for k in empty]
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +79,7 @@ class TorchCache:
         """A cache with the rows of both, as wide as the wider one."""
         with torch.inference_mode():
             layers = [
-                tuple(torch.cat(widened(pair)) for pair in zip(mine, others, strict=True))
+                (torch.cat(widened((mine[0], others[0]))), torch.cat(widened((mine[1], others[1]))))
                 for mine, others in zip(self.layers, other.layers, strict=True)
             ]
         return self._like(layers, np.concatenate([self.lengths, other.lengths]))

@@ -111,7 +111,7 @@ def _block(
     def put(values: Sequence[float] | np.ndarray, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(values, dtype=dtype).to(device)
 
-    limits = [s.confidence_threshold if stop else -np.inf for s, stop in zip(settings, stops, strict=True)]
+    limits = [(s.confidence_threshold or 0.0) if stop else -np.inf for s, stop in zip(settings, stops, strict=True)]
     return Block(
         prefix=prefix,
         draw=noise.draw,

@@ -19,6 +19,9 @@ from .sampling import engine
 from .sampling.noise import fresh_seed
 from .tensors import item_bytes
 
+OPTIONS = {"seed", "stop", "masks", "enable_thinking", "system"} | {
+    f.name for f in dataclasses.fields(GenerationConfig)
+}
 HEADROOM = 1.1  # weights times this must fit: activations and the cache of a short prompt
 
 
@@ -113,6 +116,9 @@ def _prepare(
 ) -> tuple[list[engine.Request], Callable[[Event], Event]]:
     """The requests of a call, and the function that puts text into their events."""
     options = dict(options)
+    unknown = sorted(set(options) - OPTIONS)
+    if unknown:
+        raise OptionError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(OPTIONS))}")
     seed = _seed(options.pop("seed", None))
     stop = _stops(options.pop("stop", None))
     masks = _masks(options.pop("masks", None))

@@ -13,7 +13,7 @@ from ..tensors import Tensor, tensor_table
 from .hf import canonical_names
 from .safetensors import SafetensorsFile, open_file
 
-FLOATS = {"bfloat16", "float32", "float16"}
+FLOATS = {"bfloat16", "float32"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _check(folder: Path, stored: dict[str, tuple[SafetensorsFile, str]], table: 
                 f"{file.path}: {name} has shape {entry.shape}, config.json calls for {shape}; are they of one model?"
             )
         if str(entry.dtype) not in FLOATS:
-            raise CheckpointError(f"{file.path}: {name} is {entry.dtype}; quantized checkpoints are not read yet")
+            raise CheckpointError(f"{file.path}: {name} is {entry.dtype}; only bfloat16 and float32 are read so far")
 
 
 def _tensors(names: list[str]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..backend import CanvasSpec, CanvasView
 from ..config import ModelConfig
-from . import step
+from . import step as denoising
 from .cache import MLXCache, empty_cache
 from .network import Network
 from .vocabulary import log_probabilities
@@ -63,34 +63,33 @@ class MLXModel:
             part = np.clip(counts - start, 0, stop - start)
             hidden = self.network.encode(mx.array(ids[:, start:stop]), cache, part, hidden=score)
             mx.async_eval(*(x for layer in cache.layers for x in (layer.k, layer.v)))
-            if hidden is not None:
-                self._score(hidden, ids, counts, start, cache)
+            if hidden is not None and cache.scores is not None:
+                self._score(hidden, ids, counts, start, cache.scores)
         return cache
 
-    def _score(self, hidden: mx.array, ids: np.ndarray, counts: np.ndarray, start: int, cache: MLXCache) -> None:
-        """Fill ``cache.scores`` with log p of the tokens that ``hidden`` [B, T, D], from ``start`` on, predicts."""
+    def _score(self, hidden: mx.array, ids: np.ndarray, counts: np.ndarray, start: int, into: np.ndarray) -> None:
+        """Fill ``into`` [B, L] with log p of the tokens that ``hidden`` [B, T, D], from ``start`` on, predicts."""
         targets = ids[:, start + 1 : start + 1 + hidden.shape[1]]
         rows, width = targets.shape
         if width == 0:
             return
         found = log_probabilities(self.network, hidden[:, :width].flatten(0, 1), mx.array(targets).flatten())
         at = np.arange(start + 1, start + 1 + width)
-        scores = np.where(at < counts[:, None], np.array(found).reshape(rows, width), np.nan)
-        cache.scores[:, at] = scores
+        into[:, at] = np.where(at < counts[:, None], np.array(found).reshape(rows, width), np.nan)
 
     def begin(
         self, cache: MLXCache, specs: Sequence[CanvasSpec], *, commit: tuple[np.ndarray, np.ndarray] | None = None
-    ) -> step.State:
+    ) -> denoising.State:
         """Start a block behind ``cache``, after reading ``commit`` into it."""
         if commit is not None:
             self.encode(commit[0], cache, lengths=commit[1])
-        return step.begin(self.network, self.config, cache, specs)
+        return denoising.begin(self.network, self.config, cache, specs)
 
-    def step(self, state: step.State) -> step.State:
-        return step.advance(self.network, state)
+    def step(self, state: denoising.State) -> denoising.State:
+        return denoising.advance(self.network, state)
 
-    def read(self, state: step.State) -> CanvasView:
-        return step.read(state)
+    def read(self, state: denoising.State) -> CanvasView:
+        return denoising.read(state)
 
     def inspect(
         self,

@@ -145,8 +145,8 @@ def read(state: State) -> CanvasView:
     length = state.canvas.shape[1]
     canvas, argmax, accepted, entropy, confidence = np.split(packed[:, : 5 * length], 5, -1)
     done, steps = packed[:, 5 * length].astype(bool), packed[:, 5 * length + 1].copy()
-    floats = (np.ascontiguousarray(x).view(np.float32) for x in (entropy, confidence))
-    return CanvasView(canvas.copy(), argmax.copy(), accepted.astype(bool), *floats, done, steps)
+    entropy, confidence = (np.ascontiguousarray(x).view(np.float32) for x in (entropy, confidence))
+    return CanvasView(canvas.copy(), argmax.copy(), accepted.astype(bool), entropy, confidence, done, steps)
 
 
 def accept(entropy: mx.array, bound: mx.array, free: mx.array) -> mx.array:

@@ -49,7 +49,7 @@ def read_canvas(
         x = mx.depends([flat[start:stop]], parts[-1])[0] if parts else flat[start:stop]
         banned = None if ban is None else _banned(ban, mx.arange(start, stop), length)
         parts.append(_read_rows(network, x, level[start:stop, None], draws[start:stop], banned))
-    whole = [mx.concatenate(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)]
+    whole = [mx.concatenate(list(part)) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)]
     return Reading(*(x.reshape(rows, length, *x.shape[1:]) for x in whole))
 
 

@@ -142,7 +142,7 @@ class Network:
         for i in range(self.config.num_hidden_layers):
             visible = causal if self.config.full(i) else window
             h, new, _, _ = self.layer(h, q[:, 0], prefix[i], visible, i, self.weights[encoder_scalar(i)][0])
-            kept.append(tuple(np.concatenate(pair) for pair in zip(prefix[i], new, strict=True)))
+            kept.append((np.concatenate([prefix[i][0], new[0]]), np.concatenate([prefix[i][1], new[1]])))
         return self.norm(h, f"{DECODER}.norm"), kept
 
     def decode(

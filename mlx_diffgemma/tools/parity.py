@@ -143,9 +143,10 @@ def _decision_margin(
     if at.kind == "stop":
         return abs(float(entropy.mean()) - (settings.confidence_threshold or 0.0))
     if at.kind == "accept":
-        ranked = np.sort(entropy)
-        before = np.cumsum(ranked) - ranked
-        return float(np.abs(before - settings.entropy_bound).min())
+        order = np.argsort(entropy, kind="stable")
+        before = np.cumsum(entropy[order]) - entropy[order]
+        flipped = np.isin(np.flatnonzero(free)[order], where)
+        return float(np.abs(before[flipped] - settings.entropy_bound).max())
     weight = np.exp(shaped[where] - shaped[where].max(-1, keepdims=True))
     cumulated = np.cumsum(weight, -1) / weight.sum(-1, keepdims=True)
     return float(np.abs(cumulated - uniform[where, None]).min(-1).max())
