@@ -74,15 +74,21 @@ def puzzle(size: int, rng: random.Random) -> tuple[Grid, Grid]:
     return question, answer
 
 
+POOLS = {"training": 2000, "held out": 500}
+
+
 @functools.cache
-def pool(size: int, count: int = 2000) -> list[tuple[Grid, Grid]]:
-    rng = random.Random(size)
-    return [puzzle(size, rng) for _ in range(count)]
+def pool(size: int, name: str) -> list[tuple[Grid, Grid]]:
+    rng = random.Random(f"{name} {size}" if name != "training" else size)
+    return [puzzle(size, rng) for _ in range(POOLS[name])]
 
 
-def variation(size: int, rng: random.Random) -> tuple[Grid, Grid]:
-    """A puzzle of the pool under a random symmetry: digits relabelled, bands, rows, stacks and columns permuted."""
-    question, answer = rng.choice(pool(size))
+def variation(size: int, rng: random.Random, name: str = "training") -> tuple[Grid, Grid]:
+    """A puzzle of the pool under a random symmetry: digits relabelled, bands, rows, stacks and columns permuted.
+
+    The held-out pool is another one, so that no evaluated puzzle is a trained one in disguise.
+    """
+    question, answer = rng.choice(pool(size, name))
     height, width = BOX[size]
 
     def order(groups: int, each: int) -> list[int]:

@@ -121,9 +121,9 @@ def rhyme(rng):
     return f"recite {name}", RHYMES[name]
 
 
-def sudoku_task(size: int, make: Callable):
+def sudoku_task(size: int, pool: str):
     def task(rng):
-        question, answer = make(size, rng)
+        question, answer = sudoku.variation(size, rng, pool)
         return "sudoku\n" + sudoku.draw(question), sudoku.draw(answer)
 
     return task
@@ -139,12 +139,12 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "table": table,
     "range": count_up,
     "rhyme": rhyme,
-    "sudoku4": sudoku_task(4, sudoku.puzzle),
-    "sudoku6": sudoku_task(6, sudoku.puzzle),
+    "sudoku4": sudoku_task(4, "held out"),
+    "sudoku6": sudoku_task(6, "held out"),
 }
 DIALOG, TALK, TURN_TOKENS = "dialog", ("add", "sort", "upper", "words", "json", "range"), 10
 NAMES_OF_TASKS = [*TASKS, DIALOG]
-FAST = {f"sudoku{size}": sudoku_task(size, sudoku.variation) for size in (4, 6)}  # the training stream
+TRAINED = {f"sudoku{size}": sudoku_task(size, "training") for size in (4, 6)}
 
 
 def held_out(prompt: str) -> bool:
@@ -155,7 +155,7 @@ def draw(task: str, rng: random.Random, *, held: bool) -> Example:
     """One example of ``task`` from the held-out side of the split, or from the training side."""
     if task == DIALOG:
         return dialog(rng, held=held)
-    make = TASKS[task] if held else FAST.get(task, TASKS[task])
+    make = TASKS[task] if held else TRAINED.get(task, TASKS[task])
     while True:
         prompt, answer = make(rng)
         if task == "rhyme" or held_out(prompt) == held:
@@ -173,12 +173,17 @@ def dialog(rng: random.Random, *, held: bool) -> Example:
 
 
 def evaluation_set(count: int, seed: int = 2026) -> list[Example]:
-    """``count`` held-out examples, the tasks in turn, without repeats (but the rhymes: there are four)."""
+    """``count`` held-out examples, the tasks in turn. A prompt comes again only when twenty draws found no new one:
+
+    ``words`` and ``range`` have but a few dozen held-out prompts, asked again under another seed; the rhymes are four.
+    """
     rng, seen, examples = random.Random(seed), set(), []
     while len(examples) < count:
-        example = draw(NAMES_OF_TASKS[len(examples) % len(NAMES_OF_TASKS)], rng, held=True)
-        key = (example.prompt, example.history)
-        if example.task == "rhyme" or key not in seen:
-            seen.add(key)
-            examples.append(example)
+        task = NAMES_OF_TASKS[len(examples) % len(NAMES_OF_TASKS)]
+        for _ in range(20):
+            example = draw(task, rng, held=True)
+            if (example.prompt, example.history) not in seen:
+                break
+        seen.add((example.prompt, example.history))
+        examples.append(example)
     return examples
