@@ -13,6 +13,7 @@ from typing import Any
 
 from ..api import load, stream_generate
 from ..backend import CHOICES, Model
+from ..config import GenerationConfig
 from ..errors import OptionError, UserError
 from ..events import Block, Event, Finished
 from ..prompts.processor import Processor
@@ -121,6 +122,7 @@ def run(options: argparse.Namespace) -> int:
     prompt = read_prompt(options.prompt)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows question marks, not a traceback
+    check_early(given(options, CALL))
     model, processor = load(options.model, backend=options.backend, dtype=options.dtype, revision=options.revision)
     call = {"seed": fresh_seed()} | given(options, CALL)  # known from the start: an interrupted answer reports it too
     events = stream_generate(model, processor, prompt, **call)
@@ -141,6 +143,13 @@ def run(options: argparse.Namespace) -> int:
     if options.stats:
         print(table(model, record.result(processor)), file=sys.stderr)
     return status
+
+
+def check_early(call: dict[str, Any]) -> None:
+    """Refuse what no checkpoint could allow before one is loaded. One temperature alone is judged with the other."""
+    pair = {name: call[name] for name in ("t_min", "t_max") if {"t_min", "t_max"} <= call.keys()}
+    alone = {name: call[name] for name in ("max_tokens", *SAMPLER) if name in call and name not in ("t_min", "t_max")}
+    GenerationConfig().replace(**alone, **pair)
 
 
 def read_prompt(given: str | None) -> str:

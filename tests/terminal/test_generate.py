@@ -164,3 +164,21 @@ def test_the_package_dispatches(capsys, rhyme):
     assert package_main(["frobnicate"]) == 2
     captured = capsys.readouterr()
     assert "'frobnicate'" in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize("bad", [["--max-tokens", "0"], ["--t-min", "0.5", "--t-max", "0.5"], ["--entropy-bound", "0"]])
+def test_bad_values_are_refused_before_a_model_is_loaded(monkeypatch, capsys, bad):
+    monkeypatch.setattr(generate, "load", lambda *args, **options: pytest.fail("loaded"))
+    assert generate.main(["--prompt", "x", *bad]) == 2
+    assert bad[0].removeprefix("--").replace("-", "_") in capsys.readouterr().err
+
+
+def test_one_temperature_alone_waits_for_the_checkpoint(monkeypatch, capsys):
+    """The checkpoint's own t_max may be higher than the default."""
+
+    def load(*args, **options):
+        raise FileNotFoundError("reached")
+
+    monkeypatch.setattr(generate, "load", load)
+    assert generate.main(["--prompt", "x", "--t-min", "0.9"]) == 2
+    assert "reached" in capsys.readouterr().err
