@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,12 @@ from mlx_diffgemma.formats import open_checkpoint
 
 BACKENDS = ("reference", "mlx", "cpu")
 REPORT = Path(__file__).parents[1] / "build" / "parity"
+
+
+def pytest_sessionstart(session) -> None:
+    """The record is of one run: the controlling process clears what an earlier one left."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(REPORT, ignore_errors=True)
 
 
 @functools.lru_cache(maxsize=12)
