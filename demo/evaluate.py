@@ -58,7 +58,7 @@ def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
     share, scale = right / count, 1 + z * z / count
     middle = (share + z * z / (2 * count)) / scale
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / scale
-    return middle - half, middle + half
+    return (middle - half if right else 0.0), (middle + half if right < count else 1.0)  # free of rounding at the ends
 
 
 def summary(found: list[Answer]) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -73,13 +74,35 @@ def test_fixed_noisy_canvases_diverge_nowhere_between_models(fast_backend, recor
     assert abs(figures["kl"]) < 1e-5 and figures["argmax_agreement"] > 0.999
 
 
-@pytest.mark.soak
-def test_two_thousand_prompts_pairwise(fast_backend):
-    """The full measure: same prompts, same seeds, against the published run of the torch model."""
-    model = load_model(DEMO, fast_backend, "float32")
+@functools.cache
+def two_thousand(backend: str) -> list[evaluate.Answer]:
     processor = Processor.from_folder(DEMO, open_checkpoint(DEMO).generation)
-    rows = evaluate.summary(evaluate.answers(model, processor, tasks.evaluation_set(2000)))
+    return evaluate.answers(load_model(DEMO, backend, "float32"), processor, tasks.evaluation_set(2000))
+
+
+@pytest.mark.soak
+def test_two_thousand_prompts_are_the_published_ones(fast_backend):
     published = json.loads(RESULTS.read_text())["tasks"]
-    for task, row in rows.items():
+    for task, row in evaluate.summary(two_thousand(fast_backend)).items():
         low, high = row["interval"]
         assert low <= published[task]["rate"] <= high, task
+
+
+@pytest.mark.soak
+def test_two_thousand_prompts_pairwise(record):
+    """Same prompts, same seeds, both backends: the difference, with its McNemar interval, is nothing to speak of."""
+    figures = evaluate.paired(two_thousand("cpu"), two_thousand("mlx"))
+    record(case="2,000 prompts, torch against MLX", **figures)
+    low, high = figures["interval"]
+    assert low <= 0 <= high and high - low < 0.01
+
+
+def test_intervals_are_those_of_the_textbook():
+    assert evaluate.wilson(0, 10)[0] == 0 and evaluate.wilson(10, 10)[1] == 1
+    assert evaluate.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+def test_paired_runs_count_who_alone_was_right():
+    right, wrong = (evaluate.Answer(tasks.Example("add", "1+1=", "2"), text, 2, 1) for text in ("2", "3"))
+    figures = evaluate.paired([right, right, wrong, wrong], [right, wrong, wrong, wrong])
+    assert (figures["only_left"], figures["only_right"], figures["difference"]) == (1, 0, -0.25)
