@@ -9,13 +9,13 @@ network have no default, for the class defaults there are not those of any publi
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, OptionError
+from .json_file import read_json
 
 SAMPLER = "EntropyBoundSamplerConfig"
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -122,19 +122,6 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
         return cls.from_dict(read_json(folder / "config.json"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a file; a broken or missing file is reported by name."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a checkpoint folder needs it")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, a number of 5,000 digits
-        raise ConfigError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds a JSON {type(data).__name__}, not an object; download it again")
-    return data
 
 
 def _id(name: str, value: Any, file: str = "config.json") -> int | None:

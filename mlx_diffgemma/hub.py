@@ -12,8 +12,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from .config import ModelConfig, read_json
+from .config import ModelConfig
 from .errors import CheckpointError
+from .json_file import read_json
 from .tensors import stored_bytes
 
 DEMO = Path(__file__).parent / "demo_checkpoint"

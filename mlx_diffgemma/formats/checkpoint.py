@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import GenerationConfig, ModelConfig, read_json
+from ..config import GenerationConfig, ModelConfig
 from ..errors import CheckpointError
+from ..json_file import read_json
 from ..tensors import Tensor, tensor_table
 from .hf import canonical_names
 from .safetensors import SafetensorsFile, open_file

@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..config import read_json
 from ..errors import CheckpointError, OptionError
+from ..json_file import read_json
 
 Message = Mapping[str, Any]
 

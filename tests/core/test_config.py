@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import mlx_diffgemma
-from mlx_diffgemma.config import FULL, SLIDING, GenerationConfig, ModelConfig, Rope, read_json
+from mlx_diffgemma.config import FULL, SLIDING, GenerationConfig, ModelConfig, Rope
 from mlx_diffgemma.errors import ConfigError, OptionError
+from mlx_diffgemma.json_file import read_json
 from tests.tiny import TEXT, VISION, checkpoint, official_config
 
 PUBLISHED = Path(mlx_diffgemma.__file__).parent / "fixtures" / "diffusiongemma-26B-A4B-it.json"

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 from safetensors import safe_open
 
-from mlx_diffgemma.config import FULL, SLIDING, ModelConfig, read_json
+from mlx_diffgemma.config import FULL, SLIDING, ModelConfig
+from mlx_diffgemma.json_file import read_json
 from mlx_diffgemma.tensors import stored_bytes, tensor_table
 from tests.core.test_config import PUBLISHED
 from tests.tiny import checkpoint
