@@ -51,13 +51,15 @@ def readable(size: float) -> str:
 
 
 def _lines(checkpoint: Checkpoint) -> Iterator[str]:
-    roles, dtypes = _shares(checkpoint)
+    roles, formats = _shares(checkpoint)
     total = Share(*(sum(getattr(share, f.name) for share in roles.values()) for f in fields(Share)))
     yield _row("folder", checkpoint.folder)
-    yield _row("format", f"safetensors, Hugging Face names, files: {len(_files(checkpoint))}")
+    yield _row("format", f"{checkpoint.format}, files: {len(checkpoint.files)}")
     yield _row("total", total)
-    for dtype, share in dtypes.items():
-        yield _row(f"  {dtype}", share)
+    for name, share in formats.items():
+        yield _row(f"  {name}", share)
+    for note in checkpoint.notes:
+        yield _row("note", note)
     yield "coverage (every tensor of the model is there, and no other)"
     for role, share in roles.items():
         yield _row(f"  {role}", share)
@@ -72,20 +74,15 @@ def _row(name: str, value: object) -> str:
     return f"{name:<26}{value}"
 
 
-def _files(checkpoint: Checkpoint) -> set[str]:
-    return {str(file.path) for file, _ in checkpoint.stored.values()}
-
-
 def _shares(checkpoint: Checkpoint) -> tuple[dict[str, Share], dict[str, Share]]:
-    """By role and by dtype, in the order of the tensor table."""
+    """By role and by number format, in the order of the tensor table."""
     roles: dict[str, Share] = {}
-    dtypes: dict[str, Share] = {}
+    formats: dict[str, Share] = {}
     for name, row in checkpoint.table.items():
-        file, inside = checkpoint.stored[name]
-        entry = file.entries[inside]
-        for shares, key in ((roles, str(row.role)), (dtypes, str(entry.dtype))):
-            shares.setdefault(key, Share()).add(row.size, entry.stop - entry.start)
-    return roles, dtypes
+        stored = checkpoint.tensors[name]
+        for shares, key in ((roles, str(row.role)), (formats, stored.format)):
+            shares.setdefault(key, Share()).add(row.size, stored.nbytes)
+    return roles, formats
 
 
 def _network(checkpoint: Checkpoint) -> Iterator[str]:

@@ -1,7 +1,8 @@
-"""A checkpoint folder: config, coverage, and its tensors by canonical name. Strict: exactly the table, or an error."""
+"""A checkpoint: config, coverage, and its tensors by canonical name. Strict: exactly the table, or an error."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,56 +11,109 @@ import numpy as np
 from ..config import GenerationConfig, ModelConfig
 from ..errors import CheckpointError
 from ..json_file import read_json
-from ..tensors import Tensor, tensor_table
-from .hf import canonical_names
+from ..tensors import DECODER, VISION, Tensor, tensor_table
+from .assemble import Assembled, Dialect, assemble
+from .detect import detect
+from .encoding import Encoded
 from .safetensors import SafetensorsFile, open_file
+from .stored import Stored
 
-FLOATS = {"bfloat16", "float32"}
+INDEX = "model.safetensors.index.json"
+EMBEDDING = f"{DECODER}.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. ``stored`` maps canonical names to (file, name in the file)."""
+    """An opened checkpoint; no weight has been read.
+
+    Args:
+        folder: where its config and tokenizer are.
+        format: the name of its dialect.
+        table: the rows that the model has; without vision when the checkpoint is text only.
+        tensors: each row, where it lies.
+        files: those that hold the weights.
+        notes: what is odd about it, for people.
+    """
 
     folder: Path
+    format: str
     config: ModelConfig
     generation: GenerationConfig
     table: dict[str, Tensor]
-    stored: dict[str, tuple[SafetensorsFile, str]]
+    tensors: dict[str, Stored]
+    files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+    def encoded(self, name: str) -> Encoded:
+        """A tensor as it is stored, whole."""
+        return self.tensors[name].read()
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor as stored (bfloat16 or float), a read-only view of the file."""
-        file, stored = self.stored[name]
-        return file.read(stored)
+        """A tensor's values: a read-only view of the file where it is dense, else float32."""
+        return self.encoded(name).decode()
 
     @property
     def dtype(self) -> str:
-        """The dtype most of the weights are stored in."""
-        return str(self.read("model.decoder.embed_tokens.weight").dtype)
+        """What to compute in: float32 when the embedding is stored so, else bfloat16.
+
+        float16 has too small a range for the activations of this model, so float16 weights are used as bfloat16, or,
+        where that is asked for, exactly in float32.
+        """
+        encoding = self.tensors[EMBEDDING].encoding
+        floats = encoding.mode in ("dense", "affine") and not self.tensors[EMBEDDING].quantized
+        return "float32" if floats and encoding.dtype == "float32" else "bfloat16"
+
+    @property
+    def quantized(self) -> bool:
+        return any(stored.quantized for stored in self.tensors.values())
 
     @property
     def nbytes(self) -> int:
-        return sum(e.stop - e.start for e in (f.entries[n] for f, n in self.stored.values()))
+        """Bytes of all tensors on disk."""
+        return sum(stored.nbytes for stored in self.tensors.values())
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a folder of safetensors files and check it against the tensor table. No weight is read.
+    """Open a folder of safetensors files, in whatever format, and check it against the tensor table.
 
     Raises:
         FileNotFoundError: no such folder, or no weights in it.
         CheckpointError: a missing, unknown, doubled or misshapen tensor, or a damaged file; lists the names.
+        ConfigError: config.json describes another model, or its quantization wrongly.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give a checkpoint folder, a hub name, or 'demo'")
-    config = ModelConfig.from_folder(folder)
-    table = tensor_table(config)
-    stored = canonical_names(_files(folder), table)
-    _check(folder, stored, table)
-    return Checkpoint(folder, config, GenerationConfig.from_folder(folder, config), table, stored)
+    data = read_json(folder / "config.json")
+    config = ModelConfig.from_dict(data)
+    files = _files(folder)
+    parts = [file.tensor(name) for file in files for name in file.entries]
+    dialect = detect(folder, data, [part.name for part in parts])
+    return build(folder, config, dialect, assemble(parts, tensor_table(config), dialect), [f.path for f in files])
+
+
+def build(folder: Path, config: ModelConfig, dialect: Dialect, found: Assembled, files: list[Path]) -> Checkpoint:
+    """The checkpoint of assembled tensors, once they are exactly those that the config calls for."""
+    table, notes = tensor_table(config), []
+    tower = [name for name, row in table.items() if row.role == "vision"]
+    if tower and dialect.partial and set(tower) <= set(found.missing):
+        config = dataclasses.replace(config, vision=None)
+        table, unused = tensor_table(config), [n for n, row in table.items() if row.role in VISION]
+        notes.append("text only: the vision tower is not in the files")
+        found = dataclasses.replace(
+            found,
+            tensors={name: stored for name, stored in found.tensors.items() if name in table},
+            missing=[name for name in found.missing if name in table],
+            unused=sorted({*found.unused, *(n for n in unused if n in found.tensors)}),
+        )
+    _check(folder, found)
+    if found.unused:
+        notes.append(f"not used: {_tensors(found.unused)}")
+    generation = GenerationConfig.from_folder(folder, config)
+    return Checkpoint(folder, dialect.name, config, generation, table, found.tensors, tuple(files), tuple(notes))
 
 
 def _files(folder: Path) -> list[SafetensorsFile]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         names = _shards(index)
         absent = [name for name in names if not (folder / name).is_file()]
@@ -85,22 +139,13 @@ def _shards(index: Path) -> list[str]:
     return sorted(names)
 
 
-def _check(folder: Path, stored: dict[str, tuple[SafetensorsFile, str]], table: dict[str, Tensor]) -> None:
-    missing, unknown = sorted(set(table) - set(stored)), sorted(set(stored) - set(table))
-    if missing:
-        raise CheckpointError(f"{folder} lacks {_tensors(missing)}; download it again")
-    if unknown:
+def _check(folder: Path, found: Assembled) -> None:
+    if found.missing:
+        raise CheckpointError(f"{folder} lacks {_tensors(found.missing)}; download it again")
+    if found.unknown:
         raise CheckpointError(
-            f"{folder} has {_tensors(unknown)} beyond what its config.json calls for; are they of one model?"
+            f"{folder} has {_tensors(found.unknown)} beyond what its config.json calls for; are they of one model?"
         )
-    for name, (file, inside) in stored.items():
-        entry, shape = file.entries[inside], table[name].shape
-        if entry.shape != shape:
-            raise CheckpointError(
-                f"{file.path}: {name} has shape {entry.shape}, config.json calls for {shape}; are they of one model?"
-            )
-        if str(entry.dtype) not in FLOATS:
-            raise CheckpointError(f"{file.path}: {name} is {entry.dtype}; only bfloat16 and float32 are read so far")
 
 
 def _tensors(names: list[str]) -> str:

@@ -1,32 +1,37 @@
-"""The Hugging Face layout: names are canonical already; tied tensors may appear under their other name too."""
+"""The Hugging Face layout: names are canonical, every tensor is dense."""
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
 
 from ..errors import CheckpointError
-from ..tensors import Tensor
-from .safetensors import SafetensorsFile
+from .assemble import Parts
+from .encoding import DTYPES, dense
+from .stored import Part, Stored, plain
 
 
-def canonical_names(files: list[SafetensorsFile], table: dict[str, Tensor]) -> dict[str, tuple[SafetensorsFile, str]]:
-    """Canonical name -> (file, stored name). An encoder-named text weight stands in for an absent decoder one.
+@dataclass(frozen=True)
+class HuggingFace:
+    name: str = "Hugging Face"
+    suffixes: frozenset[str] = frozenset({"weight"})
+    partial: bool = False
+
+    def stored(self, module: str, shape: tuple[int, ...], parts: Parts) -> Stored:
+        return dense_part(shape, parts["weight"])
+
+    def ignored(self, name: str) -> bool:
+        return False
+
+
+def dense_part(shape: tuple[int, ...], part: Part) -> Stored:
+    """A dense tensor, as every format has them for norms and scalars.
 
     Raises:
-        CheckpointError: a tensor stored twice, or a tied pair with different values.
+        CheckpointError: another shape, or numbers that are no weights.
     """
-    found: dict[str, tuple[SafetensorsFile, str]] = {}
-    for file in files:
-        for name in file.entries:
-            if name in found:
-                raise CheckpointError(f"{name} is stored twice, in {found[name][0].path.name} and {file.path.name}")
-            found[name] = (file, name)
-    for row in table.values():
-        for tie in row.ties:
-            if tie not in found:
-                continue
-            twin = found.pop(tie)
-            kept = found.setdefault(row.name, twin)
-            if kept is not twin and not np.array_equal(kept[0].read(kept[1]), twin[0].read(twin[1])):
-                raise CheckpointError(f"{twin[0].path}: {tie} differs from {kept[1]}, yet the model shares them")
-    return found
+    if str(part.dtype) not in DTYPES:
+        raise CheckpointError(
+            f"{part.path}: {part.name} is {part.dtype}, expected {', '.join(DTYPES)}; "
+            "if it is quantized, its config.json does not say how"
+        )
+    return plain(dense(str(part.dtype)), shape, {"weight": part})

@@ -25,6 +25,7 @@ DTYPES = {
     "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     "I64": np.int64,
     "I32": np.int32,
     "U32": np.uint32,
@@ -51,13 +52,52 @@ class SafetensorsFile:
     entries: dict[str, Entry]
     metadata: dict[str, str] = field(default_factory=dict)
 
-    def read(self, name: str) -> np.ndarray:
-        """A read-only view of one tensor; pages are loaded when touched."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """A read-only view of rows ``start:stop`` of one tensor; pages are loaded when touched."""
         entry = self.entries[name]
-        if entry.start == entry.stop:
-            return np.zeros(entry.shape, entry.dtype)
-        data = np.memmap(self.path, np.uint8, "r", entry.start, (entry.stop - entry.start,))
-        return data.view(entry.dtype).reshape(entry.shape)
+        shape, row = entry.shape, entry.stop - entry.start
+        if shape:
+            row = row // shape[0] if shape[0] else 0
+            shape = (len(range(shape[0])[start:stop]), *shape[1:])
+        size = row * (shape[0] if shape else 1)
+        if size == 0:
+            return np.zeros(shape, entry.dtype)
+        data = np.memmap(self.path, np.uint8, "r", entry.start + start * row, (size,))
+        return data.view(entry.dtype).reshape(shape)
+
+    def tensor(self, name: str) -> FileTensor:
+        return FileTensor(self, name)
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """One tensor of a file, as ``stored.Part``."""
+
+    file: SafetensorsFile
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
+    def entry(self) -> Entry:
+        return self.file.entries[self.name]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.entry.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.entry.stop - self.entry.start
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self.file.read(self.name, start, stop)
 
 
 def open_file(path: Path) -> SafetensorsFile:

@@ -41,7 +41,7 @@ def equal(folder: Path) -> bool:
 
 def test_tensors_are_what_transformers_saved():
     opened, saved = open_checkpoint(checkpoint()), load_file(checkpoint() / "model.safetensors")
-    assert set(opened.stored) == set(saved)
+    assert set(opened.tensors) == set(saved)
     assert all(np.array_equal(opened.read(name), tensor.numpy()) for name, tensor in saved.items())
     assert opened.nbytes == sum(tensor.nbytes for tensor in saved.values())
     assert opened.dtype == "float32"
@@ -172,7 +172,7 @@ def test_text_weights_under_the_encoders_name_are_the_decoders(tmp_path: Path):
             tensors[encoder_name(name)] = tensors.pop(name)
 
     folder = copied(tmp_path / "copy", rename)
-    names = {stored for _, stored in open_checkpoint(folder).stored.values()}
+    names = {part.name for stored in open_checkpoint(folder).tensors.values() for part in stored.parts}
     assert encoder_name(EXPERTS) in names and EXPERTS not in names
     assert equal(folder)
 
