@@ -76,26 +76,26 @@ def write(folder: Path) -> Path:
     with torch.no_grad():
         model.model.decoder.embed_tokens.weight[END] = 0
     model.save_pretrained(folder)
-    put(folder / "config.json", googles(json.loads((folder / "config.json").read_text())))
+    put(folder / "config.json", googles(json.loads((folder / "config.json").read_text()), SHAPE))
     put(folder / "generation_config.json", GENERATION)
     write_tokenizer(folder)
     stamp.write_text(recipe)
     return folder
 
 
-def googles(config: dict[str, Any]) -> dict[str, Any]:
+def googles(config: dict[str, Any], shape: dict[str, int]) -> dict[str, Any]:
     """config.json as transformers writes it, in Google's dialect."""
     text = config["text_config"]
     del text["per_layer_config"]
-    text["global_head_dim"] = SHAPE["global_head_dim"]
-    text["num_global_key_value_heads"] = SHAPE["num_global_key_value_heads"]
+    text["global_head_dim"] = shape["global_head_dim"]
+    text["num_global_key_value_heads"] = shape["num_global_key_value_heads"]
     return config
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, vocab_size: int = SHAPE["vocab_size"]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {word(id): id for id in range(SHAPE["vocab_size"])}
+    vocabulary = {word(id): id for id in range(vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(SPECIAL)

@@ -1,0 +1,53 @@
+"""One conversion in a fresh process: HF bfloat16 to MLX with 4-bit experts and 8-bit everything else.
+
+    python -m benchmarks.convert_worker NAME SOURCE OUT
+
+Prints one line of JSON: seconds of the call alone, without imports; peak memory of the process, and how much of it
+was there before the call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+
+def ours(source: str, out: str) -> Callable[[], object]:
+    from convert.command import main
+
+    return lambda: main([source, "--to", "mlx", "--recipe", "experts4", "--out", out, "--quiet"])
+
+
+def mlx_vlm(source: str, out: str) -> Callable[[], object]:
+    import mlx.core as mx
+    from mlx_vlm.convert import convert
+
+    mx.eval(mx.zeros(1))
+    return lambda: convert(source, mlx_path=out, quantize=True, q_bits=4, q_group_size=64)
+
+
+def peak() -> int:
+    """Bytes; ru_maxrss is in KiB on Linux and in bytes on a Mac."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    name, source, out = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    call = {"ours": ours, "mlx-vlm": mlx_vlm}[name](source, out)
+    before = peak()
+    start = time.perf_counter()
+    status = call()
+    seconds = time.perf_counter() - start
+    if name == "ours" and status:
+        raise SystemExit(f"the conversion ended with status {status}")
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak(), "before_bytes": before}), file=answers)
+
+
+if __name__ == "__main__":
+    main()
