@@ -138,16 +138,13 @@ def dialect(config: Mapping[str, Any]) -> MLX:
 
 def _encoding(where: str, row: Mapping[str, Any]) -> Encoding:
     mode = row.get("mode", "affine")
-    if mode not in ("affine", *GROUPS):
+    if not isinstance(mode, str) or mode not in ("affine", *GROUPS):
         raise ConfigError(f"config.json: {where}.mode is {mode!r:.80}; known are affine, {', '.join(GROUPS)}")
     bits, group_size = row.get("bits"), row.get("group_size")
-    if mode != "affine":
-        bits, group_size = bits or WIDTHS[mode], group_size or GROUPS[mode]
-    fine = (bits in BITS and group_size in SIZES) if mode == "affine" else (bits, group_size) == _fixed(mode)
+    if mode == "affine":
+        fine = type(bits) is int and bits in BITS and type(group_size) is int and group_size in SIZES
+    else:  # which have one width and one group size, and need not say so
+        fine = bits in (None, WIDTHS[mode]) and group_size in (None, GROUPS[mode])
     if not fine:
         raise ConfigError(f"config.json: {where} has bits={bits!r:.40} and group_size={group_size!r:.40} in {mode}")
-    return grouped(mode, bits=int(bits or 0), group_size=int(group_size or 0))
-
-
-def _fixed(mode: str) -> tuple[int, int]:
-    return WIDTHS[mode], GROUPS[mode]
+    return grouped(mode, bits=bits or 0, group_size=group_size or 0)
