@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import bits as streams
-from .chunks import check_groups, flat, group_reduce, scaled, spans
+from .chunks import check_groups, flat, group_reduce, parts, scaled, spans
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -23,8 +23,9 @@ def pack(w: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndar
 
     Returns:
         words uint32 [..., out, in * bits / 32]; scales and biases [..., out, in / group_size] in the dtype of ``w``.
-        The error is at most scale / 2, scale being (max - min) / (2**bits - 1) before MLX adjusts it so that zero
-        falls on a code (by up to a third for few bits), plus the rounding of scale and bias to the dtype.
+        The error is at most one step, (max - min) / (2**bits - 1) or 1e-7, and mostly half of one: MLX adjusts the
+        step so that zero falls on a code, which may put the far end of the range out of reach. The rounding of scale
+        and bias to the dtype comes on top.
     """
     assert bits in BITS and group_size in GROUP_SIZES, (
         f"MLX has no affine format of {bits} bits, groups of {group_size}"
@@ -33,10 +34,10 @@ def pack(w: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndar
     rows, n = w.shape[:-1], w.shape[-1]
     words = np.empty((*rows, n * bits // 32), np.uint32)
     scales, biases = (np.empty((*rows, n // group_size), w.dtype) for _ in range(2))
-    source, stream, one, other = flat(w), words.reshape(-1).view(np.uint8), scales.reshape(-1), biases.reshape(-1)
+    stream, one, other = words.reshape(-1).view(np.uint8), scales.reshape(-1), biases.reshape(-1)
     with np.errstate(all="ignore"):  # a range beyond float32 gives an infinite scale, in MLX too
-        for part in spans(source.size):
-            x, groups = source[part].astype(np.float32, copy=False), scaled(part, 1, group_size)
+        for part, x in parts(w):
+            groups = scaled(part, 1, group_size)
             scale, bias = _range(x, 2**bits - 1, group_size)
             one[groups], other[groups] = scale, bias
             streams.squeeze(_codes(x, scale, bias, 2**bits - 1, group_size), bits, stream[scaled(part, bits, 8)])
@@ -70,7 +71,9 @@ def _range(x: np.ndarray, last: int, group_size: int) -> tuple[np.ndarray, np.nd
 
 
 def _codes(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, last: int, group_size: int) -> np.ndarray:
-    steps = x.reshape(-1, group_size) - bias[:, None]
+    """The codes, uint8 [n]; overwrites ``x``."""
+    steps = x.reshape(-1, group_size)
+    steps -= bias[:, None]
     steps /= scale[:, None]
     np.rint(steps, out=steps)
     np.clip(steps, 0, last, out=steps)

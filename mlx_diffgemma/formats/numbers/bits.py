@@ -1,11 +1,14 @@
 """Codes of 1 to 8 bits in 32-bit words, as MLX lays them out.
 
 A row is one little-endian stream of bits: the first code takes the lowest bits of the first word, and the widths that
-do not divide 32 run on across words without a gap. Eight codes always fill ``bits`` whole bytes, so the work is done
-eight codes at a time in 64-bit integers.
+do not divide 32 run on across words without a gap. Two, four or eight codes fill whole bytes: as many are joined in one
+integer, neighbours first, then pairs, then fours.
 """
 
 from __future__ import annotations
+
+import math
+from functools import cache
 
 import numpy as np
 
@@ -39,33 +42,35 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
 
 def squeeze(codes: np.ndarray, bits: int, stream: np.ndarray) -> None:
     """Write uint8 codes [n] to their bytes of the stream, uint8 [n * bits / 8]."""
-    if bits == 8:
-        stream[:] = codes
-        return
-    eight = codes.view(np.uint64)
-    for width in (8, 16, 32):  # join neighbours: lanes of ``width`` bits, ``used`` of them taken
+    joined, size = _lane(bits)
+    lane = codes.view(joined)
+    for width in _widths(joined):  # join neighbours: of ``width`` bits, ``used`` hold codes
         used = bits * width // 8
-        low, high = _lanes(width, used)
-        eight = (eight & low) | ((eight & high) >> np.uint64(width - used))
-    item = _item(bits)
-    stream, columns = stream.view(item).reshape(eight.size, -1), eight.view(item).reshape(eight.size, -1)
-    for k in range(stream.shape[1]):  # column by column: short rows are slow to copy
-        stream[:, k] = columns[:, k]
+        low, high = _masks(joined, width, used)
+        lane = (lane & low) | ((lane & high) >> joined.type(width - used))
+    if size == 1:
+        np.copyto(stream, lane, casting="unsafe")  # the low byte
+        return
+    columns = lane.view(np.uint8).reshape(lane.size, -1)
+    for k in range(size):  # column by column: short rows are slow to copy
+        stream[k::size] = columns[:, k]
 
 
 def spread(stream: np.ndarray, bits: int) -> np.ndarray:
     """The inverse of ``squeeze``: uint8 [n * bits / 8] -> uint8 [n]."""
-    if bits == 8:
-        return stream
-    eight, item = np.zeros(stream.size // bits, np.uint64), _item(bits)
-    stream, columns = stream.view(item).reshape(eight.size, -1), eight.view(item).reshape(eight.size, -1)
-    for k in range(stream.shape[1]):
-        columns[:, k] = stream[:, k]
-    for width in (32, 16, 8):
+    joined, size = _lane(bits)
+    if size == 1:
+        lane = stream.astype(joined)
+    else:
+        lane = np.zeros(stream.size // size, joined)
+        columns = lane.view(np.uint8).reshape(lane.size, -1)
+        for k in range(size):
+            columns[:, k] = stream[k::size]
+    for width in reversed(_widths(joined)):
         used = bits * width // 8
-        low, high = _lanes(width, used)
-        eight = (eight & low) | ((eight << np.uint64(width - used)) & high)
-    return eight.view(np.uint8)
+        low, high = _masks(joined, width, used)
+        lane = (lane & low) | ((lane << joined.type(width - used)) & high)
+    return lane.view(np.uint8)
 
 
 def _check(stream_bits: int, bits: int) -> None:
@@ -75,12 +80,19 @@ def _check(stream_bits: int, bits: int) -> None:
     )
 
 
-def _lanes(width: int, used: int) -> tuple[np.uint64, np.uint64]:
-    """Masks of the ``used`` bits in every even and every odd lane of ``width`` bits."""
-    low = sum((2**used - 1) << shift for shift in range(0, 64, 2 * width))
-    return np.uint64(low), np.uint64(low << width)
+@cache
+def _lane(bits: int) -> tuple[np.dtype, int]:
+    """An integer of as many bytes as there are codes in a whole number of bytes, and that number."""
+    codes = 8 // math.gcd(bits, 8)
+    return np.dtype(f"u{codes}"), codes * bits // 8
 
 
-def _item(bits: int) -> np.dtype:
-    """The widest integer that divides ``bits`` bytes."""
-    return np.dtype(f"u{bits & -bits}")
+def _widths(joined: np.dtype) -> list[int]:
+    return [width for width in (8, 16, 32) if width < 8 * joined.itemsize]
+
+
+@cache
+def _masks(joined: np.dtype, width: int, used: int) -> tuple[np.unsignedinteger, np.unsignedinteger]:
+    """The ``used`` low bits of every even and of every odd field of ``width`` bits."""
+    low = sum((2**used - 1) << shift for shift in range(0, 8 * joined.itemsize, 2 * width))
+    return joined.type(low), joined.type(low << width)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
-CHUNK = 1 << 16  # values; a multiple of every group size, so that no group is cut
+CHUNK = 1 << 18  # values; a multiple of every group size, so that no group is cut
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 
@@ -15,6 +15,16 @@ def spans(size: int) -> Iterator[slice]:
     """Slices that cover ``size`` values in order."""
     for start in range(0, size, CHUNK):
         yield slice(start, min(start + CHUNK, size))
+
+
+def parts(w: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Slices of the flat values and a float32 copy of each, in a buffer that the next one overwrites."""
+    source = flat(w)
+    buffer = np.empty(min(CHUNK, source.size), np.float32)  # one for all: fresh pages cost as much as the arithmetic
+    for part in spans(source.size):
+        x = buffer[: part.stop - part.start]
+        x[:] = source[part]
+        yield part, x
 
 
 def scaled(part: slice, times: int, per: int) -> slice:

@@ -26,8 +26,9 @@ def pack(
     llm-compressor writes it; a channel of zeros has the scale 2**-7 and codes of zero. The codes are w / scale in
     float32, clamped to 448 and rounded once to the nearest, ties to even.
 
-    With ``block``: transformers' rule. Its factor is 448 / amax, the codes are w * factor rounded likewise, the stored
-    scale is 1 / factor in ``scale_dtype`` (float32); a block of zeros has the scale 1. The last blocks may be partial.
+    With ``block``: transformers' rule, to the bit. Its factor is (1 / amax) * 448, the codes are w * factor rounded
+    likewise, the stored scale is 1 / factor in ``scale_dtype`` (float32); a block of zeros has the scale 1. The last
+    blocks may be partial, where transformers leaves a weight as it is.
 
     Returns:
         codes float8_e4m3fn [..., out, in]; scales [..., out, 1] or [..., ceil(out / rows), ceil(in / columns)].
@@ -61,21 +62,27 @@ def unpack(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int] | None 
 
 def encode(x: np.ndarray) -> np.ndarray:
     """float32 -> e4m3fn codes, uint8: to the nearest, ties to even; beyond 448 saturates, and no code is ever nan."""
-    word = x.view(np.uint32)
-    size = np.minimum(word & np.uint32(0x7FFFFFFF), LARGEST.view(np.uint32))
-    # Below 2**-6 the codes are evenly spaced by 2**-9, which is float32's own spacing just above 2**14.
+    size = np.abs(x).view(np.uint32)
+    np.minimum(size, LARGEST.view(np.uint32), out=size)  # as integers, where infinity and nan are large too
+    # Above 2**-6 a code is the top of the float32: drop 20 bits of the mantissa and 127 - 7 of the exponent.
+    code = size >> np.uint32(20)
+    code &= np.uint32(1)
+    code += size
+    code += np.uint32(0x7FFFF + 2**32 - (120 << 23))  # half of what is dropped, less a bit where the rest is even
+    code >>= np.uint32(20)
+    # Below, codes are evenly spaced by 2**-9, which is float32's own spacing just above 2**14.
     anchor = np.float32(2**14)
-    small = (size.view(np.float32) + anchor).view(np.uint32) - anchor.view(np.uint32)
-    # Above, a code is the top of the float32: drop 20 bits of mantissa and 127 - 7 of the exponent.
-    half = np.uint32(0x7FFFF) - np.uint32(120 << 23 & 0xFFFFFFFF)
-    normal = (size + ((size >> np.uint32(20)) & np.uint32(1)) + half) >> np.uint32(20)
-    code = np.where(size < np.float32(2**-6).view(np.uint32), small, normal)
-    code |= (word >> np.uint32(24)) & np.uint32(0x80)
-    return code.astype(np.uint8)
+    small = (size.view(np.float32) + anchor).view(np.uint32)
+    small -= anchor.view(np.uint32)
+    np.copyto(code, small, where=size < np.float32(2**-6).view(np.uint32))
+    codes = code.astype(np.uint8)
+    codes |= np.signbit(x).view(np.uint8) * np.uint8(128)
+    return codes
 
 
 def decode(codes: np.ndarray) -> np.ndarray:
     """e4m3fn codes, as that dtype or as bytes -> float32 of the same shape."""
+    assert codes.dtype.itemsize == 1, f"e4m3 codes are bytes, not {codes.dtype}"
     w = np.empty(codes.shape, np.float32)
     source, target = flat(codes).view(np.uint8), w.reshape(-1)
     for part in spans(target.size):
@@ -108,7 +115,8 @@ def _pack_blocks(w: np.ndarray, codes: np.ndarray, block: tuple[int, int]) -> np
             rows = slice(row * block[0], (row + 1) * block[0])
             x = experts[e, rows].astype(np.float32)
             amax = np.maximum.reduceat(np.abs(x).max(0), edges)
-            factor = np.where(amax > 0, LARGEST / np.where(amax > 0, amax, 1), np.float32(1))
-            x *= np.repeat(factor, block[1])[:size]
+            with np.errstate(over="ignore", invalid="ignore"):  # amax below 1 / the largest float32: codes of 448
+                factor = np.where(amax > 0, np.float32(1) / np.where(amax > 0, amax, 1) * LARGEST, np.float32(1))
+                x *= np.repeat(factor, block[1])[:size]
             target[e, rows], scales[e, row] = encode(x), np.float32(1) / factor
     return scales.reshape(*w.shape[:-2], *scales.shape[1:])

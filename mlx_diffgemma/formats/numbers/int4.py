@@ -64,7 +64,7 @@ def int8_to_affine(
         f"int8 {codes.shape} and scales {row_scales.shape}"
     )
     assert n % group_size == 0, f"rows of {n} do not divide by groups of {group_size}"
-    words = (codes.view(np.uint8) ^ np.uint8(128)).view(np.uint32)
+    words = (np.ascontiguousarray(codes).view(np.uint8) ^ np.uint8(128)).view(np.uint32)
     scales = np.repeat(row_scales, n // group_size, axis=-1)
     return words, scales, scales * scales.dtype.type(-128)
 

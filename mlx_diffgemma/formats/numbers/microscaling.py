@@ -9,9 +9,9 @@ compressed-tensors' packed uint8. e2m1 stands for 0, 0.5, 1, 1.5, 2, 3, 4, 6 and
 
 The packers equal ``mx.quantize`` of mlx 0.32.4 on the CPU, bit for bit. It rounds amax / largest to the dtype of the
 weight before the scale is made, e8m0 scales upwards so that no value saturates, and ties between two e2m1 codes to the
-smaller one, never writing a negative zero. Where its own numbers break down, ours differ: an e8m0 scale below 2**-126
-wraps round there and is held at 2**-126 here; a value above 2**24 times its nvfp4 scale becomes 0 there and 6 here.
-Weights must be finite.
+smaller one, never writing a negative zero. Where its own numbers break down, ours differ: an e8m0 scale of 2**-127 or
+less, which wraps round there, is held at 2**-126; a value beyond 2**24 times its nvfp4 scale, which float32 cannot tell
+apart from its neighbours there, is the largest code. Weights must be finite.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import fp8
-from .chunks import check_groups, flat, group_reduce, scaled, spans
+from .chunks import check_groups, flat, group_reduce, parts, scaled, spans
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 MIDPOINTS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], np.float32)
@@ -28,8 +28,7 @@ NV_LARGEST = np.float32(6 * 448)  # the largest code times the largest scale
 
 # A byte of two e2m1 codes -> two float32, carried as one 8-byte item: half as many look-ups.
 _PAIRS = E2M1[np.stack([np.arange(256) & 15, np.arange(256) >> 4], -1)].view(np.uint64).reshape(-1)
-_E8M0 = np.ldexp(np.float32(1), np.arange(256) - 127).astype(np.float32)
-_E8M0[255] = np.nan
+_E8M0 = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))
 
 
 def pack_mxfp4(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -54,8 +53,8 @@ def pack_nvfp4(
     """[..., out, in] float32, float16 or bfloat16 -> words uint32 [..., in / 8], scales uint8 (e4m3) [..., in / 16].
 
     Without a further argument, as ``mx.quantize(w, mode="nvfp4")``. The error is at most the group's scale (half the
-    step from 4 to 6), plus what lies beyond 6 * scale where e4m3 rounded the scale down: 6/16 of it, or anything where
-    the scale leaves e4m3's range (amax above 2688 or below 6 * 2**-6).
+    step from 4 to 6), for bfloat16 1/64 more because MLX rounds the quotient to the weight's dtype. That holds where
+    e4m3 keeps three bits of the scale, for amax from 6 * 2**-6 to 2688; a global scale moves the range.
 
     Args:
         global_scale: float32 that multiplies every row of the result, broadcastable to [..., out], usually from
@@ -68,11 +67,11 @@ def pack_nvfp4(
     assert global_scale is None or mlx_global_scale is None, "either our global scale or MLX's"
     check_groups(w, NV_GROUP)
     words, scales = _outputs(w, NV_GROUP, 4)
-    source, stream, target = flat(w), words.reshape(-1).view(np.uint8), scales.reshape(-1)
+    stream, target = words.reshape(-1).view(np.uint8), scales.reshape(-1)
     rows = None if global_scale is None else _per_group(global_scale, scales.shape)
     encode = np.float32(1) if mlx_global_scale is None else NV_LARGEST / np.float32(mlx_global_scale)
-    for part in spans(source.size):
-        x, groups = source[part].astype(np.float32), scaled(part, 1, NV_GROUP)
+    for part, x in parts(w):
+        groups = scaled(part, 1, NV_GROUP)
         amax = group_reduce(np.maximum, np.abs(x), NV_GROUP)
         if rows is None:
             target[groups] = _nvfp4_mlx(x, amax, encode, w.dtype)
@@ -86,9 +85,7 @@ def pack_nvfp4(
 
 def nvfp4_global_scale(w: np.ndarray) -> np.float32:
     """ModelOpt's ``weight_scale_2`` of one tensor: amax / (6 * 448). A tensor of zeros has 1, which is as good."""
-    source, amax = flat(w), np.float32(0)
-    for part in spans(source.size):
-        amax = max(amax, np.abs(source[part].astype(np.float32)).max())
+    amax = max((max(x.max(), -x.min()) for _, x in parts(w)), default=np.float32(0))
     return np.float32(amax / NV_LARGEST) if amax > 0 else np.float32(1)
 
 
@@ -122,9 +119,8 @@ def _outputs(w: np.ndarray, group_size: int, bits: int) -> tuple[np.ndarray, np.
 def _pack_mx(w: np.ndarray, largest: np.float32, bits: int) -> tuple[np.ndarray, np.ndarray]:
     check_groups(w, MX_GROUP)
     words, scales = _outputs(w, MX_GROUP, bits)
-    source, stream, target = flat(w), words.reshape(-1).view(np.uint8), scales.reshape(-1)
-    for part in spans(source.size):
-        x = source[part].astype(np.float32)
+    stream, target = words.reshape(-1).view(np.uint8), scales.reshape(-1)
+    for part, x in parts(w):
         scale = (group_reduce(np.maximum, np.abs(x), MX_GROUP) / largest).astype(w.dtype).astype(np.float32)
         # The exponent of the next power of two, read off the float; a group of zeros has the scale 1.
         exponent = np.where(scale > 0, (scale.view(np.uint32) + np.uint32(0x7FFFFF)) >> np.uint32(23), np.uint32(127))
@@ -164,16 +160,17 @@ def _per_group(global_scale: np.ndarray | float, shape: tuple[int, ...]) -> np.n
 
 
 def _e2m1(x: np.ndarray, to_even: bool) -> np.ndarray:
-    """float32 [n] -> two codes a byte, uint8 [n / 2], the first in the low half."""
-    size = np.abs(x)
-    codes = (size > MIDPOINTS[0]).view(np.uint8)
-    for k in range(1, len(MIDPOINTS)):  # a code counts the midpoints below the value
-        above = size >= MIDPOINTS[k] if to_even and k % 2 else size > MIDPOINTS[k]
-        codes += above.view(np.uint8)
+    """float32 [n] -> two codes a byte, uint8 [n / 2], the first in the low half; overwrites ``x``."""
     # ModelOpt keeps the sign of what rounds to zero, MLX does not.
-    codes += (x < (0 if to_even else -MIDPOINTS[0])).view(np.uint8) << np.uint8(3)
+    codes = (x < (0 if to_even else -MIDPOINTS[0])).view(np.uint8)
+    codes *= np.uint8(8)
+    size, above = np.abs(x, out=x), np.empty(x.size, np.bool_)
+    for k, middle in enumerate(MIDPOINTS):  # a code counts the midpoints below the value
+        compare = np.greater_equal if to_even and k % 2 else np.greater
+        codes += compare(size, middle, out=above).view(np.uint8)
     pairs = codes.view(np.uint16)
-    return (pairs | (pairs >> np.uint16(4))).astype(np.uint8)
+    pairs |= pairs >> np.uint16(4)
+    return pairs.astype(np.uint8)
 
 
 def _unpack(words: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
