@@ -1,7 +1,7 @@
 """The MLX implementation: one network, one denoising step, plain MLX operations.
 
-Read ``network.py`` for the forward pass, ``vocabulary.py`` for what is done with the logits, ``step.py`` for a step,
-``cache.py`` for where keys and values lie, ``model.py`` for the seam.
+Read ``network.py`` for the forward pass, ``linear.py`` for dense and quantized products, ``vocabulary.py`` for what is
+done with the logits, ``step.py`` for a step, ``cache.py`` for where keys and values lie, ``model.py`` for the seam.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..formats import Checkpoint
 from ..machine import free_memory
 from .model import MLXModel
 from .network import Network
-from .weights import read_weights
+from .weights import DTYPES, read_weights
 
 
 def load(checkpoint: Checkpoint, *, device: str = "auto", dtype: str | None = None) -> MLXModel:
@@ -29,7 +29,8 @@ def load(checkpoint: Checkpoint, *, device: str = "auto", dtype: str | None = No
     if device != "auto":
         raise BackendError(f"device={device!r}: MLX runs on its default device; leave device='auto'")
     weights = read_weights(checkpoint, dtype)
-    return MLXModel(checkpoint.config, Network(checkpoint.config.text, weights.tensors), weights)
+    network = Network(checkpoint.config.text, weights.matrices, weights.arrays, DTYPES[weights.dtype])
+    return MLXModel(checkpoint.config, network, weights)
 
 
 def memory(device: str) -> int:

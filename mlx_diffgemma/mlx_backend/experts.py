@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from .linear import Linear
+
 
 def gelu_tanh(x: mx.array) -> mx.array:
     """GELU in its tanh form, computed in float32 and rounded once, as torch does."""
@@ -24,7 +26,7 @@ def choose(scores: mx.array, per_expert_scale: mx.array, count: int) -> tuple[mx
     return weight, chosen, odds
 
 
-def mix(x: mx.array, weight: mx.array, chosen: mx.array, gate_up: mx.array, down: mx.array) -> mx.array:
+def mix(x: mx.array, weight: mx.array, chosen: mx.array, gate_up: Linear, down: Linear) -> mx.array:
     """Weighted sum of expert outputs, [N, D] in the dtype of ``x``.
 
     Pairs of token and expert are sorted by expert, so that each expert's weights are read once for all its tokens.
@@ -32,15 +34,14 @@ def mix(x: mx.array, weight: mx.array, chosen: mx.array, gate_up: mx.array, down
 
     Args:
         x: [N, D].  weight, chosen: [N, k].
-        gate_up: [E, 2F, D], gate rows first.  down: [E, D, F]. Their dtype is the one the experts compute in.
+        gate_up: [E, 2F, D], gate rows first.  down: [E, D, F]. The experts compute in the dtype of the former.
     """
     count = chosen.shape[1]
     pairs = chosen.reshape(-1)
     order = mx.argsort(pairs)
     expert = pairs[order]
     rows = x.astype(gate_up.dtype)[order // count][:, None]
-    both = mx.gather_mm(rows, gate_up.swapaxes(-1, -2), rhs_indices=expert, sorted_indices=True)
-    gate, up = mx.split(both, 2, -1)
-    out = mx.gather_mm(gelu_tanh(gate) * up, down.swapaxes(-1, -2), rhs_indices=expert, sorted_indices=True)
+    gate, up = mx.split(gate_up.gather(rows, expert), 2, -1)
+    out = down.gather(gelu_tanh(gate) * up, expert)
     out = out[:, 0][mx.argsort(order)].reshape(*chosen.shape, -1).astype(mx.float32)
     return (out * weight[..., None]).sum(1).astype(x.dtype)

@@ -32,7 +32,8 @@ class MLXModel:
             "dtype": self.weights.dtype,
             "kernels": "ops",
             "weight_bytes": self.weights.nbytes,
-            "approximations": [],
+            "formats": dict(self.weights.formats),
+            "approximations": list(self.weights.approximations),
             "notes": list(self.weights.notes),
         }
 

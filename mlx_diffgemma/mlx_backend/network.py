@@ -17,6 +17,7 @@ from ..config import TextConfig
 from ..tensors import DECODER, encoder_scalar, layer_name
 from . import experts
 from .cache import MLXCache, Visible, plan_chunk, visible_slots
+from .linear import Linear
 
 Attention = Callable[[mx.array, mx.array, mx.array], mx.array]
 Rotation = tuple[mx.array, mx.array]  # cos and sin, [B, 1, T, d / 2]
@@ -32,17 +33,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Network:
+    """``matrices`` and ``weights``, which are all the others, by canonical name; ``dtype`` is that of activations."""
+
     config: TextConfig
+    matrices: dict[str, Linear]
     weights: dict[str, mx.array]
+    dtype: mx.Dtype
 
     @property
-    def table(self) -> mx.array:
+    def table(self) -> Linear:
         """The embedding [V, D], which is also the output head."""
-        return self.weights[f"{DECODER}.embed_tokens.weight"]
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        return self.table.dtype
+        return self.matrices[f"{DECODER}.embed_tokens.weight"]
 
     @property
     def scale(self) -> mx.array:
@@ -57,7 +58,7 @@ class Network:
         return mx.fast.rms_norm(x, None, self.config.rms_norm_eps)
 
     def linear(self, x: mx.array, name: str) -> mx.array:
-        return x @ self.weights[f"{name}.weight"].T
+        return self.matrices[f"{name}.weight"].apply(x)
 
     # ---- parts of a layer
 
@@ -113,7 +114,7 @@ class Network:
         h = h + self.norm(attention, f"{at}.post_attention_layernorm")
         dense = self.gated_mlp(self.norm(h, f"{at}.pre_feedforward_layernorm"), f"{at}.mlp")
         weight, chosen, odds = self.route(h.flatten(0, 1), layer)
-        banks = (self.weights[f"{at}.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
+        banks = (self.matrices[f"{at}.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
         inner = self.norm(h, f"{at}.pre_feedforward_layernorm_2").flatten(0, 1)
         mixed = experts.mix(inner, weight, chosen, *banks).reshape(h.shape)
         both = self.norm(dense, f"{at}.post_feedforward_layernorm_1")
@@ -163,7 +164,7 @@ class Network:
     # ---- ends
 
     def embed(self, tokens: mx.array) -> mx.array:
-        return self.table[tokens] * self.scale
+        return self.table.rows(tokens).astype(self.dtype) * self.scale
 
     def condition(self, x: mx.array, soft: mx.array | None) -> mx.array:
         """Mix in the soft embedding of the step before. Without one that is exactly zero; the norm always runs."""
@@ -173,11 +174,11 @@ class Network:
     def soften(self, shaped: mx.array) -> mx.array:
         """Soft embedding [..., D] of temperature-divided logits [..., V], rounded to the embedding's dtype first."""
         odds = mx.softmax(shaped.astype(self.dtype).astype(mx.float32), -1, precise=True)
-        return (odds.astype(self.dtype) @ self.table) * self.scale
+        return self.table.combine(odds.astype(self.dtype)) * self.scale
 
     def logits(self, hidden: mx.array) -> mx.array:
         """float32 [..., V]: the head in the model's dtype, then the softcap in float32."""
-        return softcap((hidden @ self.table.T).astype(mx.float32), self.config.final_logit_softcapping)
+        return softcap(self.table.apply(hidden).astype(mx.float32), self.config.final_logit_softcapping)
 
 
 def heads(x: mx.array, dim: int) -> mx.array:

@@ -102,7 +102,7 @@ def _read_rows(
 def _soften(network: Network, shaped: mx.array, weight: mx.array, total: mx.array) -> mx.array:
     """Soft embedding [N, D]. In float32 nothing is rounded first, so the weights at hand serve."""
     if network.dtype == mx.float32:
-        return (weight @ network.table) / total * network.scale
+        return network.table.combine(weight) / total * network.scale
     return network.soften(shaped)
 
 
