@@ -27,9 +27,14 @@ EXPERT = re.compile(r"(.+\.experts)\.(\d+|switch_glu|switch_mlp)\.(gate|up|down)
 class Dialect(Protocol):
     """What a checkpoint format makes of the parts of a module."""
 
-    name: str  # for people
-    suffixes: frozenset[str]  # the parts a module may have, "weight" among them
-    partial: bool  # whether the vision tower may be left out, as text-only conversions do
+    @property
+    def name(self) -> str: ...  # for people
+
+    @property
+    def suffixes(self) -> frozenset[str]: ...  # the parts a module may have, "weight" among them
+
+    @property
+    def partial(self) -> bool: ...  # whether the vision tower may be left out, as text-only conversions do
 
     def stored(self, module: str, shape: tuple[int, ...], parts: Parts) -> Stored:
         """One module of the logical ``shape``. ``parts`` are checked here.
@@ -74,7 +79,8 @@ def assemble(parts: Iterable[Part], table: dict[str, Tensor], dialect: Dialect) 
     """
     places, seen = _places(table), dict[str, Part]()
     modules: dict[str, dict[Place, Parts]] = defaultdict(lambda: defaultdict(dict))
-    unknown, unused = [], []
+    unknown: list[str] = []
+    unused: list[str] = []
     for part in parts:
         if part.name in seen:
             first = seen[part.name].path.name

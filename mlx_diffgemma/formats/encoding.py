@@ -88,7 +88,7 @@ class Encoding:
             scales = (*rows[:-1], -(-out // edge), -(-width // edge)) if edge else (*rows, 1)
             return {"weight": (shape, np.dtype(ml_dtypes.float8_e4m3fn)), "scales": (scales, DTYPES[self.dtype])}
         grouped, words = (*rows, width // self.group_size), (*rows, width * self.bits // 32)
-        found = {"weight": (words, np.dtype(np.uint32))}
+        found: dict[str, tuple[tuple[int, ...], np.dtype]] = {"weight": (words, np.dtype(np.uint32))}
         if self.mode == "affine":
             return found | {name: (grouped, DTYPES[self.dtype]) for name in ("scales", "biases")}
         found["scales"] = (grouped, np.dtype(np.uint8))
@@ -142,19 +142,17 @@ def encode(values: np.ndarray, encoding: Encoding) -> Encoded:
     """
     if encoding.mode == "dense":
         return Encoded(encoding, values.shape, {"weight": values.astype(DTYPES[encoding.dtype], copy=False)})
+    if encoding.mode == "nvfp4":
+        return _encode_nvfp4(values, encoding)
     if encoding.mode == "affine":
         work = values.astype(DTYPES[encoding.dtype], copy=False)
-        names, arrays = ("weight", "scales", "biases"), affine.pack(work, encoding.bits, encoding.group_size)
+        arrays: tuple[np.ndarray, ...] = affine.pack(work, encoding.bits, encoding.group_size)
     elif encoding.mode == "fp8":
         block = (encoding.block, encoding.block) if encoding.block else None
-        names = ("weight", "scales")
         arrays = fp8.pack(values, block, DTYPES[encoding.dtype])
-    elif encoding.mode == "nvfp4":
-        return _encode_nvfp4(values, encoding)
     else:
-        pack = {"mxfp4": microscaling.pack_mxfp4, "mxfp8": microscaling.pack_mxfp8}[encoding.mode]
-        names, arrays = ("weight", "scales"), pack(values)
-    return Encoded(encoding, values.shape, dict(zip(names, arrays, strict=True)))
+        arrays = {"mxfp4": microscaling.pack_mxfp4, "mxfp8": microscaling.pack_mxfp8}[encoding.mode](values)
+    return Encoded(encoding, values.shape, dict(zip(encoding.parts(values.shape), arrays, strict=True)))
 
 
 def _encode_nvfp4(values: np.ndarray, encoding: Encoding) -> Encoded:

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from ..errors import CheckpointError, ConfigError
 from .assemble import Parts
-from .encoding import DTYPES, GROUPS, WIDTHS, Encoding, grouped
+from .encoding import DTYPES, GROUPS, WIDTHS, Encoding, Mode, grouped
 from .hf import dense_part
 from .stored import Part, Stored, plain
 
@@ -137,7 +137,7 @@ def dialect(config: Mapping[str, Any]) -> MLX:
 
 
 def _encoding(where: str, row: Mapping[str, Any]) -> Encoding:
-    mode = row.get("mode", "affine")
+    mode: Any = row.get("mode", "affine")
     if not isinstance(mode, str) or mode not in ("affine", *GROUPS):
         raise ConfigError(f"config.json: {where}.mode is {mode!r:.80}; known are affine, {', '.join(GROUPS)}")
     bits, group_size = row.get("bits"), row.get("group_size")
@@ -147,4 +147,4 @@ def _encoding(where: str, row: Mapping[str, Any]) -> Encoding:
         fine = bits in (None, WIDTHS[mode]) and group_size in (None, GROUPS[mode])
     if not fine:
         raise ConfigError(f"config.json: {where} has bits={bits!r:.40} and group_size={group_size!r:.40} in {mode}")
-    return grouped(mode, bits=bits or 0, group_size=group_size or 0)
+    return grouped(cast(Mode, mode), bits=bits or 0, group_size=group_size or 0)
