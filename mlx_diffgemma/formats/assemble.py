@@ -31,7 +31,7 @@ class Dialect(Protocol):
     def name(self) -> str: ...  # for people
 
     @property
-    def suffixes(self) -> frozenset[str]: ...  # the parts a module may have, "weight" among them
+    def suffixes(self) -> frozenset[str]: ...  # the parts a module may have; "_x" is glued on: ….gate_up_proj_x
 
     @property
     def partial(self) -> bool: ...  # whether the vision tower may be left out, as text-only conversions do
@@ -114,7 +114,10 @@ def _split(name: str, places: dict[str, Place], dialect: Dialect) -> tuple[str, 
     if name in places:
         return name, "weight"
     module, _, kind = name.rpartition(".")
-    return (module, kind) if kind in dialect.suffixes else (name, "weight")
+    if kind in dialect.suffixes:
+        return module, kind
+    glued = next((end for end in dialect.suffixes if end.startswith("_") and name.endswith(end)), "")
+    return name.removesuffix(glued), f"weight{glued}"
 
 
 def _place(module: str, places: dict[str, Place]) -> Place | None:

@@ -8,18 +8,29 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..json_file import read_json
-from . import mlx
+from . import compressed_tensors, fp8_block, mlx, modelopt
 from .assemble import Dialect
 from .hf import HuggingFace
+from .schemes import SOURCE
 
-METHODS: dict[str, Callable[[Mapping[str, Any]], Dialect]] = {}
-SOURCE = "google/diffusiongemma-26B-A4B-it"
+METHODS: dict[str, Callable[[Mapping[str, Any]], Dialect]] = {
+    "compressed-tensors": compressed_tensors.dialect,
+    "fp8": fp8_block.dialect,
+    "modelopt": modelopt.dialect,
+    "modelopt_fp4": modelopt.dialect,  # vLLM's names of the same
+    "modelopt_mixed": modelopt.dialect,
+}
 REFUSED = {  # what people have, by quant_method, and how it is called
-    "gptq": "GPTQ",
     "auto-round": "AutoRound",
     "auto_round": "AutoRound",
     "awq": "AutoAWQ",
     "bitsandbytes": "bitsandbytes",
+    "fbgemm_fp8": "FBGEMM's FP8",
+    "gptq": "GPTQ",
+    "hqq": "HQQ",
+    "mxfp4": "transformers' own MXFP4",
+    "quanto": "Quanto",
+    "quark": "Quark",
     "torchao": "torchao",
 }
 
@@ -34,15 +45,15 @@ def detect(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> Dia
     if config.get("quantization"):
         return mlx.dialect(config)
     method = quantization(folder, config)
-    kind = method.get("quant_method")
+    kind = str(method.get("quant_method") or ("modelopt" if "quant_algo" in method else ""))
     if kind in METHODS:
         return METHODS[kind](method)
     if not method:
         mlx_names = (".experts.gate_up_proj.weight", ".experts.switch_glu.gate_proj.weight")
         return mlx.MLX() if any(name.endswith(mlx_names) for name in names) else HuggingFace()
-    if kind is None and "bits" in method:
+    if not kind and "bits" in method:
         return mlx.dialect(config)
-    known = REFUSED.get(str(kind), f"quant_method {kind!r:.80}")
+    known = REFUSED.get(kind, f"quant_method {kind!r:.80}")
     raise CheckpointError(
         f"{folder} is quantized with {known}, which this library does not read; convert from {SOURCE} instead, "
         "or use a compressed-tensors, ModelOpt, MLX or GGUF checkpoint"
