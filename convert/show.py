@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from mlx_diffgemma.config import TextConfig
 from mlx_diffgemma.formats import Checkpoint
 
+from .text import readable
+
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -40,14 +42,6 @@ class Share:
 def report(checkpoint: Checkpoint) -> str:
     """Format, dtypes, coverage by role, sizes of the network, defaults of generation: one item per line."""
     return "\n".join(_lines(checkpoint))
-
-
-def readable(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def _lines(checkpoint: Checkpoint) -> Iterator[str]:

@@ -39,7 +39,7 @@ def test_a_mistake_is_one_line_and_status_2(kind: str, tmp_path: Path, capsys: p
         "damaged": lambda: ["--show", str(damaged(tmp_path / "demo"))],
         "nothing to do": lambda: ["demo"],
         "no source": lambda: ["--show"],
-        "unknown option": lambda: ["demo", "--to", "mlx"],
+        "unknown option": lambda: ["demo", "--too", "mlx"],
     }[kind]()
     assert status(arguments) == 2
     captured = capsys.readouterr()

@@ -1,0 +1,90 @@
+"""A plan and its result as text: what every tensor becomes, totals by role, what deserves a word."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from .edges import Error
+from .plan import Item, Plan
+from .run import Done
+from .text import clock, readable, table
+from .writer import Errors
+
+MOST_NAMES = 3
+
+
+def dry_run(plan: Plan) -> str:
+    return "\n".join([*_tensors(plan), "", *_roles(plan), "", *_totals(plan), *remarks(plan), "nothing was written"])
+
+
+def summary(done: Done) -> str:
+    """The end of a conversion: one table, then what deserves a word."""
+    lines = [*_roles(done.plan, done.errors), "", *_totals(done.plan)]
+    rate = done.plan.checkpoint.nbytes / done.seconds
+    lines += [f"time   {clock(done.seconds)} ({readable(rate)} read per second)", f"folder {done.folder}"]
+    if done.absent:
+        lines.append(f"note: neither source nor --sidecars-from has {', '.join(done.absent)}")
+    return "\n".join(lines)
+
+
+def remarks(plan: Plan) -> Iterator[str]:
+    """Warnings and notes, each on one line, for the plan as a whole."""
+    twice = plan.of("requantize")
+    if twice:
+        yield f"warning: quantized twice, which costs quality: {_some(twice)}; convert from the bfloat16 checkpoint"
+    notes: dict[tuple[str, str], list[Item]] = defaultdict(list)
+    for item in plan.items:
+        if item.note:
+            notes[str(item.encoding), item.note].append(item)
+    for (encoding, note), items in notes.items():
+        yield f"note: {encoding}, as {note}: {_some(items)}"
+
+
+def _some(items: list[Item]) -> str:
+    names = ", ".join(item.row.name for item in items[:MOST_NAMES])
+    more = f" and {len(items) - MOST_NAMES:,} more" if len(items) > MOST_NAMES else ""
+    return f"{len(items):,} tensor{'s' if len(items) > 1 else ''}: {names}{more}"
+
+
+def _tensors(plan: Plan) -> list[str]:
+    head = ("tensor", "shape", "from", "to", "", "bytes", "bits")
+    rows = [
+        (
+            item.row.name,
+            " x ".join(map(str, item.row.shape)),
+            item.stored.format,
+            item.encoding,
+            "" if item.edge == "same" else item.edge,
+            f"{item.nbytes:,}",
+            f"{8 * item.nbytes / item.row.size:.2f}",
+        )
+        for item in plan.items
+    ]
+    return table([head, *rows], "<><<<>>")
+
+
+def _roles(plan: Plan, errors: Errors | None = None) -> list[str]:
+    """One line for each role and pair of encodings; the error, where one was measured, is of these tensors alone."""
+    groups: dict[tuple[str, str, str], list[Item]] = defaultdict(list)
+    for item in plan.items:
+        groups[item.row.role, item.stored.format, str(item.encoding)].append(item)
+    head = ["role", "tensors", "values", "from", "to", "size", "bits per weight", "error" if errors else ""]
+    rows = [head]
+    for (role, source, target), items in groups.items():
+        values, nbytes = sum(item.row.size for item in items), sum(item.nbytes for item in items)
+        found = [errors[item.row.name] for item in items if errors and item.row.name in errors]
+        error = f"{sum(found, Error()).relative:.2%}" if found else ""
+        bits = f"{8 * nbytes / values:.2f}"
+        rows.append([role, f"{len(items):,}", f"{values:,}", source, target, readable(nbytes), bits, error])
+    return table(rows, "<>><<>>>")
+
+
+def _totals(plan: Plan) -> list[str]:
+    text = "" if plan.text_only else f", {plan.bits(text=True):.2f} without the vision tower"
+    files = f"{len(plan.shards)} file{'s' if len(plan.shards) > 1 else ''}"
+    return [
+        f"from   {plan.checkpoint.format}, {readable(plan.checkpoint.nbytes)}",
+        f"to     {plan.target.name}, recipe {plan.recipe.name}: {readable(plan.nbytes)} in {files}",
+        f"bits   {plan.bits():.2f} per weight{text}",
+    ]

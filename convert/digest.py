@@ -1,0 +1,50 @@
+"""SHA-256 of files, in threads that can be told to stop."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+
+BUFFER = 1 << 20
+
+
+class Stopped(Exception):
+    """The conversion ended before the file did."""
+
+
+def sha256(path: Path, stop: Event | None = None) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            if stop and stop.is_set():
+                raise Stopped
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+class Background:
+    """One thread beside the conversion: files are hashed in it, and finished, while others are converted."""
+
+    def __init__(self, name: str):
+        self.stop = Event()
+        self.pool = ThreadPoolExecutor(1, name)
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop.set()
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def hashes(self, paths: Iterable[Path]) -> Future[dict[str, dict[str, int | str]]]:
+        """Name -> bytes and sha256, of all files, one after the other."""
+        paths = list(paths)
+        return self.pool.submit(lambda: {path.name: facts(path, self.stop) for path in paths})
+
+
+def facts(path: Path, stop: Event | None = None) -> dict[str, int | str]:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path, stop)}

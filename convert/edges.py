@@ -1,0 +1,87 @@
+"""From the encoding a tensor is stored in to the one it is written in, a range of rows at a time.
+
+Where the new encoding holds the very numbers, the parts are carried over bit for bit. Everywhere else the values are
+decoded and encoded again, and what that costs is measured on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from mlx_diffgemma.formats.encoding import Encoded, Encoding, encode
+from mlx_diffgemma.formats.stored import Stored
+
+Edge = Literal["same", "round", "quantize", "dequantize", "requantize"]
+WIDER = {("bfloat16", "float32"), ("float16", "float32")}
+SPAN = 1 << 16  # values compared at a time: they stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class Error:
+    """Squares of what was lost, and of what was there."""
+
+    lost: float = 0.0
+    total: float = 0.0
+
+    def __add__(self, other: Error) -> Error:
+        return Error(self.lost + other.lost, self.total + other.total)
+
+    @property
+    def relative(self) -> float:
+        """Root of the mean square, relative to the values' own."""
+        return math.sqrt(self.lost / self.total) if self.total else 0.0
+
+
+def edge(stored: Stored, encoding: Encoding) -> Edge:
+    """How ``stored`` becomes ``encoding``; only ``requantize`` rounds what had been rounded to few bits before."""
+    if carries(stored.encoding, encoding):
+        return "same"
+    if stored.quantized:
+        return "requantize" if encoding.quantized else "dequantize"
+    return "quantize" if encoding.quantized else "round"
+
+
+def carries(source: Encoding, target: Encoding) -> bool:
+    """Whether ``target`` holds every number of ``source`` exactly, by the same parts or by wider floats."""
+    if source.mode == "nvfp4" and target.global_scale:
+        source = replace(source, global_scale=True)  # a scale of one
+    if source.mode in ("mxfp4", "mxfp8", "nvfp4"):
+        source = replace(source, dtype=target.dtype)  # they store no floats
+    wider = source.dtype == target.dtype or (source.dtype, target.dtype) in WIDER
+    return wider and replace(source, dtype=target.dtype) == target
+
+
+def convert(encoded: Encoded, target: Encoding) -> tuple[Encoded, Error | None]:
+    """A range in its new encoding, and what was lost; None where nothing can be."""
+    if carries(encoded.encoding, target):
+        return _carried(encoded, target), None
+    values = encoded.decode()
+    with np.errstate(over="ignore"):  # beyond the range of a narrower float: the error says so
+        found = encode(values, target)
+    return found, _error(values, found)
+
+
+def _carried(encoded: Encoded, target: Encoding) -> Encoded:
+    wanted, parts = target.parts(encoded.shape), encoded.parts
+    found = {name: parts[name].astype(dtype, copy=False) for name, (_, dtype) in wanted.items() if name in parts}
+    if "global_scale" not in found and "global_scale" in wanted:
+        found["global_scale"] = np.ones(*wanted["global_scale"])
+    return Encoded(target, encoded.shape, found)
+
+
+def _error(values: np.ndarray, found: Encoded) -> Error:
+    """Sums of squares; a range is decoded again as a reader would."""
+    one, other = values.reshape(-1), found.decode().reshape(-1)
+    lost = total = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, one.size, SPAN):
+            x = one[start : start + SPAN].astype(np.float32)
+            d = x - other[start : start + SPAN].astype(np.float32, copy=False)
+            x *= x
+            d *= d
+            lost, total = lost + float(d.sum()), total + float(x.sum())
+    return Error(lost, total)

@@ -1,0 +1,68 @@
+"""There and back again: what a format can hold comes back bit for bit, and the config says the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mlx_diffgemma.config import ModelConfig
+from mlx_diffgemma.formats import open_checkpoint
+from mlx_diffgemma.tensors import encoder_scalar, layer_name
+from tests.convert.cases import converted, run, same_numbers, source
+from tests.formats.quantized import KINDS, quantized
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_hf_to_mlx_to_hf(dtype: str, tmp_path: Path):
+    there = run(source(dtype), tmp_path / "mlx", "--to", "mlx")
+    back = run(there, tmp_path / "hf", "--to", "hf")
+    same_numbers(source(dtype), there)
+    same_numbers(source(dtype), back)
+    one, other = (load_file(folder / "model.safetensors") for folder in (source(dtype), back))
+    assert {n: (a.dtype, a.shape, a.tobytes()) for n, a in one.items()} == {
+        n: (a.dtype, a.shape, a.tobytes()) for n, a in other.items()
+    }
+    assert ModelConfig.from_folder(source(dtype)).text == ModelConfig.from_folder(back).text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mlx_to_mlx_keeps_every_code(kind: str, tmp_path: Path):
+    """Without a recipe nothing is decoded: words, scales and biases are carried over."""
+    same_numbers(quantized(kind), run(quantized(kind), tmp_path / "again"))
+
+
+@pytest.mark.parametrize("recipe", ["w8", "experts4", "mxfp4", "nvfp4"])
+def test_converting_to_the_recipe_it_has_changes_nothing(recipe: str, tmp_path: Path):
+    same_numbers(converted(recipe), run(converted(recipe), tmp_path / "again", "--recipe", recipe))
+
+
+def test_wider_floats_and_back_are_exact(tmp_path: Path):
+    (tmp_path / "wide.toml").write_text('[roles]\ndefault = "f32"\n')
+    wide = run(source(), tmp_path / "wide", "--to", "hf", "--recipe", str(tmp_path / "wide.toml"))
+    same_numbers(source(), wide, encodings=False)
+    narrow = run(wide, tmp_path / "narrow", "--to", "hf", "--recipe", "bf16")
+    same_numbers(source(), narrow)
+    roles = json.loads((narrow / "conversion_manifest.json").read_text())["errors_by_role"]
+    assert set(roles.values()) == {0.0}
+
+
+@pytest.mark.parametrize("recipe", ["experts4", "nvfp4"])
+def test_a_quantized_checkpoint_back_in_bfloat16_is_its_decoded_numbers(recipe: str, tmp_path: Path):
+    back = open_checkpoint(run(converted(recipe), tmp_path / "hf", "--to", "hf"))
+    low = open_checkpoint(converted(recipe))
+    for name in low.table:
+        values = low.read(name).astype(back.tensors[name].read().parts["weight"].dtype)
+        assert np.array_equal(values, back.read(name)), name
+
+
+def test_both_sets_of_layer_scalars_and_every_bank_arrive():
+    found, first = open_checkpoint(converted("experts4")), open_checkpoint(source())
+    layers = range(found.config.text.num_hidden_layers)
+    for name in [f"{layer_name(i)}.layer_scalar" for i in layers] + [encoder_scalar(i) for i in layers]:
+        assert found.read(name) == first.read(name)
+    banks = [stored for name, stored in found.tensors.items() if found.table[name].role == "experts"]
+    assert len(banks) == 2 * len(layers) and all(str(bank.encoding) == "affine 4-bit g64" for bank in banks)
