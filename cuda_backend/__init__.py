@@ -1,6 +1,7 @@
 """The PyTorch implementation, on an NVIDIA GPU or a CPU: plain operations, every number in Hugging Face's precision.
 
-Read ``network.py`` for what is computed, ``cache.py`` for where keys and values lie, ``step.py`` for a denoising step.
+Read ``network.py`` for what is computed, ``linear.py`` for how weights are held and multiplied, ``cache.py`` for where
+keys and values lie, ``step.py`` for a denoising step.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from mlx_diffgemma.errors import BackendError, OptionError
 from mlx_diffgemma.formats import Checkpoint
 from mlx_diffgemma.machine import free_memory
 
-from .load import read_weights
 from .model import TorchModel
+from .weights import read_weights
 
 ALIGNMENT = 16  # bytes, of the rows that torch's grouped product reads
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

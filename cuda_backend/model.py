@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from mlx_diffgemma import machine
-from mlx_diffgemma.backend import TEXT_ONLY, CanvasSpec, CanvasView
+from mlx_diffgemma.backend import CanvasSpec, CanvasView
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import OptionError
 
 from .cache import Prefix, TorchCache
-from .load import Weights
 from .network import Network, Trace
 from .step import State, begin, step
 from .vocabulary import logits, scratch, slices, soften
+from .weights import Weights
 
 CHUNK = 512  # tokens of one encoding pass, so that a mask stays small beside the keys it hides
 INSPECTED = ("logits", "hidden", "router", "router_probabilities")
@@ -32,14 +32,16 @@ class TorchModel:
         self.network = Network(config.text, weights)
 
     def describe(self) -> dict[str, Any]:
+        weights, remarks = self.network.weights, self.network.weights.remarks
         return {
             "backend": self.device.type,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "dtype": str(self.dtype).removeprefix("torch."),
             "kernels": "ops",
-            "weight_bytes": self.network.weights.nbytes,
-            "approximations": [],
-            "notes": [TEXT_ONLY] if self.config.vision else [],
+            "weight_bytes": weights.nbytes,
+            "formats": dict(remarks.formats),
+            "approximations": list(remarks.approximations),
+            "notes": list(remarks.notes),
         }
 
     def peak_memory(self) -> int:

@@ -16,7 +16,8 @@ from torch import Tensor
 from mlx_diffgemma.config import Rope, TextConfig
 
 from .cache import Chunk, Prefix, TorchCache
-from .load import Attention, Experts, GatedMlp, Layer, Router, Weights
+from .linear import grouped_linear, linear
+from .weights import Attention, Experts, GatedMlp, Layer, Router, Weights
 
 Turn = tuple[Tensor, Tensor]  # cos and sin, [B, T, 1, d / 2]
 
@@ -38,8 +39,8 @@ def rotate(x: Tensor, turn: Turn) -> Tensor:
 
 
 def gated_mlp(x: Tensor, mlp: GatedMlp) -> Tensor:
-    gate, up = F.linear(x, mlp.gate_up_proj).chunk(2, -1)
-    return F.linear(gelu_tanh(gate) * up, mlp.down_proj)
+    gate, up = linear(x, mlp.gate_up_proj).chunk(2, -1)
+    return linear(gelu_tanh(gate) * up, mlp.down_proj)
 
 
 def attend_canvas(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
@@ -106,7 +107,7 @@ class Network:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, d], k and v [B, T, K, d]. A full layer's values are its raw keys."""
         heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads[layer]
-        mixed = F.linear(x, attention.qkv_proj).unflatten(-1, (-1, self.config.head_dims[layer]))
+        mixed = linear(x, attention.qkv_proj).unflatten(-1, (-1, self.config.head_dims[layer]))
         q, raw = mixed[:, :, :heads], mixed[:, :, heads : heads + groups]
         v = mixed[:, :, -groups:]  # which are the raw keys where there is no v_proj
         k = rotate(self.norm(raw, attention.k_norm), turn)
@@ -115,7 +116,7 @@ class Network:
     def route(self, h: Tensor, router: Router) -> tuple[Tensor, Tensor, Tensor]:
         """Weights float32 [N, k], experts [N, k] (best first), all probabilities float32 [N, E], of h [N, D]."""
         z = self.norm(h, None) * router.scale * self.config.hidden_size**-0.5
-        odds = torch.softmax(F.linear(z, router.proj), -1, dtype=torch.float32)
+        odds = torch.softmax(linear(z, router.proj), -1, dtype=torch.float32)
         weight, chosen = torch.topk(odds, self.config.top_k_experts, -1)
         weight = weight / weight.sum(-1, keepdim=True) * router.per_expert_scale[chosen]
         return weight, chosen, odds
@@ -138,7 +139,7 @@ class Network:
 
     def rest_of_layer(self, h: Tensor, attention: Tensor, layer: Layer, scalar: Tensor, trace: Trace | None) -> Tensor:
         """Everything behind the attention, whose heads [B, T, H d] come in joined."""
-        joined = F.linear(attention, layer.self_attn.o_proj)
+        joined = linear(attention, layer.self_attn.o_proj)
         h = h + self.norm(joined, layer.norms["post_attention_layernorm"])
         return (h + self.feed_forward(h, layer, trace)) * scalar
 
@@ -202,9 +203,9 @@ def run_experts(x: Tensor, weight: Tensor, chosen: Tensor, experts: Experts) -> 
     """
     count, top = chosen.shape
     expert, order = chosen.flatten().sort(stable=True)
-    every = torch.arange(len(experts.gate_up_proj), device=x.device)
+    every = torch.arange(experts.gate_up_proj.shape[0], device=x.device)
     ends = torch.searchsorted(expert, every, right=True, out_int32=True)
-    gate, up = F.grouped_mm(x[order // top], experts.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, -1)
-    out = F.grouped_mm(gelu_tanh(gate) * up, experts.down_proj.transpose(1, 2), offs=ends)
+    gate, up = grouped_linear(x[order // top], experts.gate_up_proj, ends).chunk(2, -1)
+    out = grouped_linear(gelu_tanh(gate) * up, experts.down_proj, ends)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     return (out[back].view(count, top, -1) * weight[..., None]).sum(1).to(x.dtype)
