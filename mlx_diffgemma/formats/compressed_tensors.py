@@ -83,6 +83,7 @@ class CompressedTensors:
 
     def _packed(self, shape: tuple[int, ...], parts: Parts) -> Stored:
         packed = parts["weight_packed"]
+        expect(packed, None, U8, I32)
         if packed.dtype == I32:
             packed, scale = take(parts, "weight_packed", "weight_scale", optional=("weight_zero_point", "weight_shape"))
             bits = self._width(packed, shape)

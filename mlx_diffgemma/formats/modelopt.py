@@ -37,7 +37,7 @@ class ModelOpt:
         if SMOOTHED in used:
             refuse(used[SMOOTHED], "scales the inputs, as AWQ does, which this library does not")
         weight, scale = take(used, "weight", "weight_scale", optional=("weight_scale_2",))
-        if weight.dtype == U8 and scale.dtype == E4M3:
+        if "weight_scale_2" in used or (weight.dtype == U8 and scale.dtype == E4M3):
             return nvfp4(shape, *take(used, "weight", "weight_scale", "weight_scale_2"))
         take(used, "weight", "weight_scale")
         if scale.dtype in (U8, E8M0) and weight.dtype in (U8, E4M3):

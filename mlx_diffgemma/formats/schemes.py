@@ -57,7 +57,9 @@ def expect(part: Part, shape: tuple[int, ...] | None, *dtypes: np.dtype) -> None
     """
     if part.dtype not in dtypes:
         names = " or ".join(str(dtype) for dtype in dtypes)
-        raise CheckpointError(f"{part.path}: {part.name} is {part.dtype}, expected {names}; download it again")
+        raise CheckpointError(
+            f"{part.path}: {part.name} is {part.dtype}, expected {names}; download it again, or convert from {SOURCE}"
+        )
     if shape is not None and part.shape != shape:
         raise CheckpointError(
             f"{part.path}: {part.name} has shape {part.shape}, config.json calls for {shape}; are they of one model?"

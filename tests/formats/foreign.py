@@ -15,10 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mlx_diffgemma.errors import UserError
+from mlx_diffgemma.formats import Checkpoint, open_checkpoint
 from tests.tiny import checkpoint
 
 SHAPE = {"hidden_size": 128, "moe_intermediate_size": 64, "intermediate_size": 192}
@@ -38,10 +42,11 @@ class Coded:
 Coder = Callable[[Tensor], Coded]
 
 
-def fp8_channel(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Coded:
+def fp8_channel(weight: Tensor, dtype: torch.dtype = torch.bfloat16, flat: bool = False) -> Coded:
     scale = (weight.abs().amax(-1, keepdim=True) / 448).to(dtype)
     codes = (weight / scale.float()).clamp(-448, 448).to(E4M3)
-    return Coded({"weight": codes, "weight_scale": scale}, codes.float() * scale.float())
+    stored = scale[:, 0] if flat else scale
+    return Coded({"weight": codes, "weight_scale": stored}, codes.float() * scale.float())
 
 
 def fp8_tensor(weight: Tensor, shape: tuple[int, ...] = ()) -> Coded:
@@ -95,6 +100,25 @@ def nvfp4_modelopt(weight: Tensor) -> Coded:
     packed, scales, value = _nvfp4(weight, multiply)
     names = {"weight": packed, "weight_scale": scales, "weight_scale_2": multiply}
     return Coded(names | {"input_scale": torch.tensor(0.0026)}, value)
+
+
+def mxfp4_ct(weight: Tensor) -> Coded:
+    exponents, scales = _powers(weight, 6)
+    packed, values = e2m1((weight.unflatten(-1, (-1, 32)) / scales).flatten(-2))
+    value = (values.unflatten(-1, (-1, 32)) * scales).flatten(-2)
+    return Coded({"weight_packed": packed, "weight_scale": exponents}, value)
+
+
+def mxfp8_ct(weight: Tensor) -> Coded:
+    exponents, scales = _powers(weight, 448)
+    codes = (weight.unflatten(-1, (-1, 32)) / scales).to(E4M3)
+    return Coded({"weight": codes.flatten(-2), "weight_scale": exponents}, (codes.float() * scales).flatten(-2))
+
+
+def _powers(weight: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """For each group of 32 the power of two that makes it fit: its exponent plus 127 as a byte, and itself."""
+    exponents = (weight.unflatten(-1, (-1, 32)).abs().amax(-1) / largest).log2().ceil()
+    return (exponents + 127).to(torch.uint8), torch.exp2(exponents)[..., None]
 
 
 def packed_int32(codes: Tensor, bits: int) -> Tensor:
@@ -203,11 +227,6 @@ def _home() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="foreign-")
 
 
-def source(kind: str, seed: int = 0) -> Path:
-    """The dense checkpoint that was quantized, in float32."""
-    return checkpoint(seed=seed, shape=tuple(KINDS[kind].shape.items()))
-
-
 def foreign(kind: str, seed: int = 0) -> Path:
     """The folder of one checkpoint, written once per process."""
     return _both(kind, seed) / "foreign"
@@ -220,13 +239,49 @@ def dequantized(kind: str, seed: int = 0) -> Path:
 
 @functools.cache
 def _both(kind: str, seed: int) -> Path:
-    folder, how = Path(_home().name) / f"{kind}-{seed}", KINDS[kind]
-    stored, plain = coded(load_file(source(kind, seed) / "model.safetensors"), how)
+    return write(Path(_home().name) / f"{kind}-{seed}", KINDS[kind], seed)
+
+
+def write(folder: Path, how: Kind, seed: int = 0) -> Path:
+    """Both checkpoints of any kind, in ``folder / "foreign"`` and ``folder / "plain"``."""
+    dense = checkpoint(seed=seed, shape=tuple(how.shape.items()))
+    stored, plain = coded(load_file(dense / "model.safetensors"), how)
     for name, tensors in (("foreign", stored), ("plain", plain)):
-        shutil.copytree(source(kind, seed), folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name / "model.safetensors")
+        shutil.copytree(dense, folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
+        save(folder / name, tensors)
     describe(folder / "foreign", how.config)
     return folder
+
+
+def altered(kind: str, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A copy of ``foreign(kind)`` whose tensors ``change`` has changed in place."""
+    shutil.copytree(foreign(kind), folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save(folder, tensors)
+    return folder
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def refused(folder: Path, *parts: str) -> None:
+    """The checkpoint must not open, and one line must say why, with all of ``parts`` in it."""
+    with pytest.raises(UserError) as error:
+        open_checkpoint(folder)
+    message = str(error.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two checkpoints have the same tensors with the same values."""
+    a, b = open_checkpoint(one), open_checkpoint(other)
+    return a.table == b.table and all(np.array_equal(*(_values(c, name) for c in (a, b))) for name in a.table)
+
+
+def _values(opened: Checkpoint, name: str) -> np.ndarray:
+    return opened.read(name).astype(np.float32)
 
 
 def describe(folder: Path, quantization: dict[str, Any] | None) -> None:
