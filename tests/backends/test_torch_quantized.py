@@ -151,6 +151,7 @@ IN_MEMORY: dict[str, Callable[[str], Encoding | None]] = {
     "fp8 block 32 everywhere": lambda name: SMALL,
     "unlike neighbours": unlike,
     "float16": lambda name: dense("float16"),
+    "two floats": lambda name: dense("float16" if "k_proj" in name or "up_proj" in name else "bfloat16"),
 }
 ALL = (*KINDS, *EVERYWHERE, *IN_MEMORY)
 
@@ -260,7 +261,7 @@ def test_pieces_of_one_format_lie_in_one_matrix():
         return type(layer.self_attn.qkv_proj), type(layer.mlp.gate_up_proj)
 
     assert shapes("all mxfp4") == shapes("fp8 block 32 everywhere") == (Quantized, Quantized)
-    assert shapes("float16") == (Dense, Dense)
+    assert shapes("float16") == shapes("two floats") == (Dense, Dense)
     assert shapes("unlike neighbours") == (Stack, Stack)
     assert shapes("fp8 block 128") == (Stack, Stack)  # 64 and 192 rows: blocks end inside a piece
 
