@@ -14,7 +14,8 @@ setup: .venv/.test
 demo: .venv/.demo
 	$(RUN) demo/run.py
 
-test: .venv/.test
+# tests/peers run stock mlx-vlm, in its own environment
+test: .venv/.test .venv-bench/.ready
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --durations 10
 
 soak: .venv/.test
@@ -23,6 +24,7 @@ soak: .venv/.test
 # Side by side with the peers, in a few minutes on a quiet machine. BENCH=--quick is what CI runs.
 bench: .venv/.test .venv-bench/.ready
 	.venv/bin/python -m benchmarks.peers $(BENCH)
+	.venv/bin/python -m benchmarks.convert $(BENCH)
 
 lint: .venv/.test
 	.venv/bin/ruff check .
