@@ -62,7 +62,7 @@ def read_weights(checkpoint: Checkpoint, dtype: str | None) -> Weights:
             continue
         # Evaluated one at a time, so that the stored and the converted copy exist for one tensor only.
         if len(row.shape) > 1:
-            matrices[name] = _matrix(checkpoint.encoded(name), row.role == "experts", DTYPES[dtype], ones)
+            matrices[name] = matrix(checkpoint.encoded(name), row.role == "experts", DTYPES[dtype], ones)
             mx.eval(*matrices[name].arrays)
         else:
             wide = row.role == "norm" or name.endswith("per_expert_scale")
@@ -77,7 +77,7 @@ def on_cpu() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
-def _matrix(stored: Encoded, experts: bool, dtype: mx.Dtype, ones: Ones) -> Linear:
+def matrix(stored: Encoded, experts: bool, dtype: mx.Dtype, ones: Ones) -> Linear:
     """Quantized where MLX has a product for it, else dense; ``linear`` says why the CPU's products are float32."""
     encoding, product = stored.encoding, mx.float32 if on_cpu() else dtype
     if encoding.mode == "fp8" and not encoding.block and stored.shape[-1] % GROUPS["mxfp8"] == 0:
