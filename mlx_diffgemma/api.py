@@ -17,12 +17,13 @@ from .formats import open_checkpoint
 from .prompts.processor import Processor, Prompt
 from .sampling import engine
 from .sampling.noise import fresh_seed
-from .tensors import item_bytes
+from .tensors import item_bytes, tensor_table
 
 OPTIONS = {"seed", "stop", "masks", "enable_thinking", "system"} | {
     f.name for f in dataclasses.fields(GenerationConfig)
 }
 HEADROOM = 1.1  # weights times this must fit: activations and the cache of a short prompt
+SPARSE = 1.5  # bytes per weight on disk: dense checkpoints have 2 or 4, quantized ones at most 1.1
 
 
 def load(
@@ -48,19 +49,28 @@ def load(
     code = implementation(choice)
 
     def fits(config: ModelConfig, stored: int) -> None:
-        check_fit(choice, stored * _growth(config, choice, dtype), code.memory(choice.device))
+        check_fit(choice, needed_bytes(config, stored, choice, dtype), code.memory(choice.device))
 
     checkpoint = open_checkpoint(hub.resolve(fspath(model), fits, revision))
     processor = Processor.from_folder(checkpoint.folder, checkpoint.generation)
     return code.load(checkpoint, device=choice.device, dtype=dtype), processor
 
 
-def _growth(config: ModelConfig, choice: Choice, dtype: str | None) -> float:
-    """Bytes in memory by bytes on disk. MLX without a GPU keeps the experts, nearly all of it, in float32."""
-    stored = item_bytes(config)
-    wide = choice.name == "reference" or (choice.name == "mlx" and sys.platform != "darwin")
-    wanted = {"float32": 4, "bfloat16": 2, None: stored}["float32" if wide else dtype]
-    return wanted / stored
+def needed_bytes(config: ModelConfig, stored: int, choice: Choice, dtype: str | None) -> float:
+    """Bytes in memory of a checkpoint with ``stored`` bytes of weights; no more is known before it is downloaded.
+
+    Quantized weights stay packed in MLX, and in torch all but the embedding table. The reference computes from float32
+    values. MLX without a GPU widens dense experts, nearly all of a dense checkpoint, to float32.
+    """
+    rows, item = tensor_table(config).values(), item_bytes(config)
+    weights = sum(row.size for row in rows)
+    width = {"float32": 4, "bfloat16": 2, None: item}[dtype]
+    if choice.name == "reference":
+        return 4 * weights
+    if stored < SPARSE * weights:
+        table = sum(row.size for row in rows if row.role == "embedding")
+        return stored if choice.name == "mlx" else stored + table * width
+    return stored / item * (4 if choice.name == "mlx" and sys.platform != "darwin" else width)
 
 
 def check_fit(choice: Choice, needed: float, free: int) -> None:
