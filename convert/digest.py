@@ -26,18 +26,19 @@ def sha256(path: Path, stop: Event | None = None) -> str:
 
 
 class Background:
-    """One thread beside the conversion: files are hashed in it, and finished, while others are converted."""
+    """One thread beside the conversion. ``patient``: what was handed in is done even when the conversion fails."""
 
-    def __init__(self, name: str):
-        self.stop = Event()
+    def __init__(self, name: str, patient: bool = False):
+        self.stop, self.patient = Event(), patient
         self.pool = ThreadPoolExecutor(1, name)
 
     def __enter__(self) -> Background:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.stop.set()
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        if not self.patient:
+            self.stop.set()
+        self.pool.shutdown(wait=True, cancel_futures=not self.patient)
 
     def hashes(self, paths: Iterable[Path]) -> Future[dict[str, dict[str, int | str]]]:
         """Name -> bytes and sha256, of all files, one after the other."""

@@ -7,6 +7,7 @@ decoded and encoded again, and what that costs is measured on the way.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,7 +18,7 @@ from mlx_diffgemma.formats.stored import Stored
 
 Edge = Literal["same", "round", "quantize", "dequantize", "requantize"]
 WIDER = {("bfloat16", "float32"), ("float16", "float32")}
-SPAN = 1 << 16  # values compared at a time: they stay in the processor's cache
+SPAN = 1 << 18  # values compared at a time: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,30 @@ def _carried(encoded: Encoded, target: Encoding) -> Encoded:
 
 
 def _error(values: np.ndarray, found: Encoded) -> Error:
-    """Sums of squares; a range is decoded again as a reader would."""
-    one, other = values.reshape(-1), found.decode().reshape(-1)
-    lost = total = 0.0
+    """Sums of squares. What was written is decoded again, as a reader would, a few rows at a time."""
+    error = Error()
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, one.size, SPAN):
-            x = one[start : start + SPAN].astype(np.float32)
-            d = x - other[start : start + SPAN].astype(np.float32, copy=False)
-            x *= x
-            d *= d
-            lost, total = lost + float(d.sum()), total + float(x.sum())
-    return Error(lost, total)
+        for rows, piece in _pieces(values, found):
+            x, y = rows.astype(np.float32), piece.decode().astype(np.float32, copy=False)
+            y = np.subtract(x, y)
+            error += Error(_squares(y), _squares(x))
+    return error
+
+
+def _squares(x: np.ndarray) -> float:
+    x *= x
+    return float(x.sum())
+
+
+def _pieces(values: np.ndarray, found: Encoded) -> Iterator[tuple[np.ndarray, Encoded]]:
+    """The same rows [n, in] of both, or the whole where rows share their scales."""
+    if found.encoding.block or values.ndim < 2:
+        yield values, found
+        return
+    width = values.shape[-1]
+    rows, step = values.reshape(-1, width), max(1, SPAN // max(1, width))
+    parts = {name: part.reshape(len(rows), *part.shape[values.ndim - 1 :]) for name, part in found.parts.items()}
+    for start in range(0, len(rows), step):
+        cut = {name: part[start : start + step] for name, part in parts.items()}
+        piece = rows[start : start + step]
+        yield piece, Encoded(found.encoding, piece.shape, cut)

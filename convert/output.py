@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,28 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """No other process converts into the folder meanwhile, where the system can tell.
+
+    Raises:
+        OptionError: one does.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise OptionError(f"another conversion is writing to --out {str(out)!r}; wait for it") from error
+    finally:
+        os.close(handle)
+
+
 def put(path: Path, data: bytes) -> None:
     """A small file, all or nothing."""
     part = path.with_name(path.name + PART)
@@ -102,14 +127,9 @@ class Journal:
                 )
             self.shards = data["shards"]
 
-    def begin(self) -> None:
-        """From here on the folder is known as an interrupted conversion."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._write()
-
     def add(self, name: str, record: dict[str, Any]) -> None:
         self.shards[name] = record
-        self._write()
+        self.write()
 
     def remove(self, name: str) -> None:
         self.shards.pop(name, None)
@@ -118,5 +138,6 @@ class Journal:
         """The conversion is complete."""
         self.path.unlink()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """From here on the folder is known as an interrupted conversion."""
         put(self.path, json_bytes({"plan": self.plan, "shards": self.shards}))

@@ -28,7 +28,7 @@ from .container import Progress
 from .dialect import described
 from .digest import Background, facts, sha256
 from .edges import Error
-from .output import JOURNAL, Journal, OutputError, check_free, check_room, json_bytes, put, sync
+from .output import JOURNAL, Journal, OutputError, check_free, check_room, claimed, json_bytes, put, sync
 from .plan import Plan, Shard
 from .writer import INDEX, PART, Errors, index, write_shard
 
@@ -63,29 +63,44 @@ def convert(
     with _one_line(out):
         check_free(out, plan.checkpoint.folder, resume=resume)
         journal = Journal(out, fingerprint(plan))
-        left = [shard for shard in plan.shards if not _finished(out, shard, journal, progress)]
-        check_room(out, sum(shard.nbytes for shard in left) + SLACK)
-        journal.begin()
-        with Background("inputs") as reading, Background("outputs") as finishing:
-            inputs = reading.hashes(plan.checkpoint.files)
-            _write(plan, left, out, journal, progress, finishing)
-            small = {INDEX: json_bytes(index(plan))}
-            for name, data in small.items():
-                put(out / name, data)
-            sidecars.copy(beside, out)
-            look(plan, out, config)
-            errors = _errors(journal)
-            put(out / (CONFIG + PART), config)
-            outputs = {shard.name: _facts(journal, shard) for shard in plan.shards}
-            outputs |= {name: facts(out / name) for name in (*small, *sorted(beside))}
-            outputs[CONFIG] = facts(out / (CONFIG + PART))
-            put(out / manifest.MANIFEST, json_bytes(manifest.build(plan, errors, inputs.result(), outputs)))
-        sync(out)
-        (out / (CONFIG + PART)).rename(out / CONFIG)
-        journal.close()
-        sync(out)
+        check_room(out, sum(shard.nbytes for shard in plan.shards if shard.name not in journal.shards) + SLACK)
+        out.mkdir(parents=True, exist_ok=True)
+        with claimed(out), _swept(out, plan):
+            (out / CONFIG).unlink(missing_ok=True)
+            left = [shard for shard in plan.shards if not _finished(out, shard, journal, progress)]
+            journal.write()
+            errors = _fill(plan, left, out, journal, progress, beside, config)
+            (out / (CONFIG + PART)).rename(out / CONFIG)
+            journal.close()
+            sync(out)
     missing = sidecars.absent(beside, plan.text_only)
     return Done(out, plan, errors, time.perf_counter() - started, tuple(missing))
+
+
+def _fill(
+    plan: Plan,
+    left: list[Shard],
+    out: Path,
+    journal: Journal,
+    progress: Progress,
+    beside: dict[str, Path],
+    config: bytes,
+) -> Errors:
+    """Everything but the last step: the config still has a name that no loader looks for."""
+    with Background("inputs") as reading, Background("outputs", patient=True) as finishing:
+        inputs = reading.hashes(plan.checkpoint.files)
+        _write(plan, left, out, journal, progress, finishing)
+        put(out / INDEX, json_bytes(index(plan)))
+        sidecars.copy(beside, out)
+        look(plan, out, config)
+        put(out / (CONFIG + PART), config)
+        outputs = {shard.name: _facts(journal, shard) for shard in plan.shards}
+        outputs |= {name: facts(out / name) for name in (INDEX, *sorted(beside))}
+        outputs[CONFIG] = facts(out / (CONFIG + PART))
+        errors = _errors(journal)
+        put(out / manifest.MANIFEST, json_bytes(manifest.build(plan, errors, inputs.result(), outputs)))
+    sync(out)
+    return errors
 
 
 def source_config(plan: Plan, sidecars_from: Path | None = None) -> Mapping[str, Any]:
@@ -134,7 +149,7 @@ def _write(
     ends: list[Future[None]] = []
     for shard in left:
         errors = write_shard(plan, shard, out, progress)
-        ends.append(finishing.pool.submit(_finish, out, shard, journal, errors, finishing))
+        ends.append(finishing.pool.submit(_finish, out, shard, journal, errors))
         for end in ends:  # a failure shows before the next shard is begun, not after the last
             if end.done():
                 end.result()
@@ -142,11 +157,11 @@ def _write(
         end.result()
 
 
-def _finish(out: Path, shard: Shard, journal: Journal, errors: Errors, background: Background) -> None:
+def _finish(out: Path, shard: Shard, journal: Journal, errors: Errors) -> None:
     """Synced, hashed, under its own name, and in the journal: in this order."""
     part = out / (shard.name + PART)
     sync(part)
-    record: dict[str, Any] = dict(facts(part, background.stop))
+    record: dict[str, Any] = dict(facts(part))
     part.rename(out / shard.name)
     sync(out)
     journal.add(shard.name, record | {"errors": {name: [e.lost, e.total] for name, e in errors.items()}})
@@ -168,8 +183,7 @@ def _facts(journal: Journal, shard: Shard) -> dict[str, Any]:
 
 
 def _errors(journal: Journal) -> Errors:
-    found = {n: Error(*pair) for record in journal.shards.values() for n, pair in record["errors"].items()}
-    return found
+    return {name: Error(*pair) for record in journal.shards.values() for name, pair in record["errors"].items()}
 
 
 @contextmanager
@@ -178,8 +192,20 @@ def _one_line(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileNotFoundError):
+        if error.errno is None:  # one of our own, which says more
             raise
         where = error.filename or out
         again = "; what is finished is kept, --resume continues" if (out / JOURNAL).exists() else ""
         raise OutputError(f"{where}: {error.strerror or error}{again}") from error
+
+
+@contextmanager
+def _swept(out: Path, plan: Plan) -> Iterator[None]:
+    """No unfinished file is left of a conversion that fails: on a full disk they would be in the way."""
+    whole = False
+    try:
+        yield
+        whole = True
+    finally:
+        for shard in () if whole else plan.shards:
+            (out / (shard.name + PART)).unlink(missing_ok=True)

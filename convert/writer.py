@@ -67,24 +67,17 @@ def layout(shard: Shard, metadata: dict[str, str]) -> Layout:
 
 
 def write_shard(plan: Plan, shard: Shard, folder: Path, progress: Progress, threads: int | None = None) -> Errors:
-    """One file, complete but not synced, under its temporary name; nothing is left of it if that fails.
+    """One file, complete but not synced, under its temporary name.
 
     Raises:
         OSError: the disk is full, or will not be written to.
         CheckpointError: the source holds numbers that are none.
     """
-    where, whole = layout(shard, dict(plan.target.metadata)), False
-    path = folder / (shard.name + PART)
-    try:
-        with path.open("wb", buffering=0) as file:
-            file.truncate(where.nbytes)
-            os.pwrite(file.fileno(), where.header, 0)
-            errors = _convert(plan.target, shard, file.fileno(), where, progress, threads)
-        whole = True
-    finally:
-        if not whole:
-            path.unlink(missing_ok=True)
-    return errors
+    where = layout(shard, dict(plan.target.metadata))
+    with (folder / (shard.name + PART)).open("wb", buffering=0) as file:
+        file.truncate(where.nbytes)
+        os.pwrite(file.fileno(), where.header, 0)
+        return _convert(plan.target, shard, file.fileno(), where, progress, threads)
 
 
 def _convert(target: Target, shard: Shard, file: int, where: Layout, progress: Progress, threads: int | None) -> Errors:
