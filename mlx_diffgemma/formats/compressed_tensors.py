@@ -61,7 +61,7 @@ class CompressedTensors:
 
     def stored(self, module: str, shape: tuple[int, ...], parts: Parts) -> Stored:
         used = {kind: part for kind, part in parts.items() if kind not in UNUSED} or parts
-        if set(used) == {"weight"}:
+        if set(used) == {"weight"} and used["weight"].dtype not in (E4M3, I8):
             return dense_part(shape, used["weight"])
         if ORDER in used:
             refuse(used[ORDER], "orders columns by activation, which this library does not read")

@@ -32,7 +32,7 @@ class ModelOpt:
 
     def stored(self, module: str, shape: tuple[int, ...], parts: Parts) -> Stored:
         used = {kind: part for kind, part in parts.items() if kind not in UNUSED} or parts
-        if set(used) == {"weight"} and str(used["weight"].dtype) not in ("uint8", str(E4M3)):
+        if set(used) == {"weight"} and used["weight"].dtype not in (E4M3, U8):
             return dense_part(shape, used["weight"])
         if SMOOTHED in used:
             refuse(used[SMOOTHED], "scales the inputs, as AWQ does, which this library does not")

@@ -41,8 +41,9 @@ def take(parts: Mapping[str, Part], *names: str, optional: tuple[str, ...] = ())
 
 def module_of(parts: Mapping[str, Part]) -> tuple[str, str]:
     """The name that a module has in the file, for messages, and the file."""
-    part = next(iter(parts.values()))
-    return part.name.rpartition(".")[0], str(part.path)
+    kind, part = next(iter(parts.items()))
+    name = part.name.removesuffix(f".{kind}")
+    return name.removesuffix(kind.removeprefix("weight")), str(part.path)  # or it is glued on
 
 
 def refuse(part: Part, why: str) -> NoReturn:

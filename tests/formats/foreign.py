@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -264,6 +265,20 @@ def altered(kind: str, folder: Path, change: Callable[[dict[str, Tensor]], objec
 
 def save(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def hollow(path: Path, rows: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """A file of any size that takes no room on disk: dtypes and shapes by name in its header, then a hole."""
+    items = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
+    at, header = 0, {}
+    for name, (dtype, shape) in rows.items():
+        size = items[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    raw = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + at)
 
 
 def refused(folder: Path, *parts: str) -> None:

@@ -19,7 +19,19 @@ from mlx_diffgemma.formats import open_checkpoint
 from mlx_diffgemma.formats.encoding import Encoding
 from mlx_diffgemma.tensors import tensor_table
 from tests.formats import foreign as f
-from tests.formats.foreign import Kind, altered, ct, ct_group, describe, foreign, fp8_blocks, refused, same, write
+from tests.formats.foreign import (
+    Kind,
+    altered,
+    ct,
+    ct_group,
+    describe,
+    foreign,
+    fp8_blocks,
+    hollow,
+    refused,
+    same,
+    write,
+)
 
 BANK = "model.decoder.layers.2.experts"
 GATE_UP, ALIGNED = f"{BANK}.gate_up_proj", f.SHAPE | {"moe_intermediate_size": 128}
@@ -215,28 +227,15 @@ def test_other_methods_are_refused_with_what_to_convert_instead(method: object, 
     refused(folder, "convert from google/diffusiongemma-26B-A4B-it", "compressed-tensors, ModelOpt, MLX or GGUF")
 
 
-def headers(folder: Path, rows: dict[str, tuple[str, tuple[int, ...], int]]) -> None:
-    """A file of the right length that takes no room on disk: a header, and a hole for the data."""
-    at, header = 0, {}
-    for name, (dtype, shape, item) in rows.items():
-        size = item * int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    raw = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        file.truncate(8 + len(raw) + at)
-
-
 def test_the_published_fp8_checkpoint_opens(tmp_path: Path):
     """RedHatAI's: 24,232 tensors, of which 11,725 modules are quantized; its file has 27,200,864,632 bytes."""
     config = json.loads(FIXTURE.read_text())
     config = config.get("config", config) | {"quantization_config": ct(f.FP8)}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    rows: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    rows: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, row in tensor_table(ModelConfig.from_dict(config)).items():
         if row.role not in ("experts", "attention", "mlp") or len(row.shape) < 2:
-            rows[name] = ("BF16", row.shape, 2)
+            rows[name] = ("BF16", row.shape)
             continue
         modules = [name.removesuffix(".weight")]
         if row.role == "experts":
@@ -245,9 +244,9 @@ def test_the_published_fp8_checkpoint_opens(tmp_path: Path):
             modules = [f"{base}.{e}.{half}" for e in range(row.shape[0]) for half in halves]
         out = int(np.prod(row.shape[:-1])) // len(modules)
         for module in modules:
-            rows[f"{module}.weight"] = ("F8_E4M3", (out, row.shape[-1]), 1)
-            rows[f"{module}.weight_scale"] = ("BF16", (out, 1), 2)
-    headers(tmp_path, rows)
+            rows[f"{module}.weight"] = ("F8_E4M3", (out, row.shape[-1]))
+            rows[f"{module}.weight_scale"] = ("BF16", (out, 1))
+    hollow(tmp_path / "model.safetensors", rows)
     assert len(rows) == 24_232 and sum(name.endswith("weight_scale") for name in rows) == 11_725
     opened = open_checkpoint(tmp_path)
     assert sum(stored.quantized for stored in opened.tensors.values()) == 60 + 115 + 90
