@@ -13,11 +13,13 @@ from ..backend import TEXT_ONLY
 from ..errors import OptionError
 from ..formats import Checkpoint
 from ..formats.encoding import GROUPS, WIDTHS, Encoded
+from ..formats.stored import Stored
 from ..tensors import VISION
 from .linear import Dense, Linear, Quantized
 
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
 ONE = 127  # 2^0 as an e8m0 byte
+PIECE = 2**26  # most values unpacked at once
 Ones = dict[tuple[int, ...], mx.array]  # all-one group scales by shape: one array serves all layers
 
 
@@ -62,7 +64,7 @@ def read_weights(checkpoint: Checkpoint, dtype: str | None) -> Weights:
             continue
         # Evaluated one at a time, so that the stored and the converted copy exist for one tensor only.
         if len(row.shape) > 1:
-            matrices[name] = matrix(checkpoint.encoded(name), row.role == "experts", DTYPES[dtype], ones)
+            matrices[name] = matrix(checkpoint.tensors[name], row.role == "experts", DTYPES[dtype], ones)
             mx.eval(*matrices[name].arrays)
         else:
             wide = row.role == "norm" or name.endswith("per_expert_scale")
@@ -77,16 +79,26 @@ def on_cpu() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
-def matrix(stored: Encoded, experts: bool, dtype: mx.Dtype, ones: Ones) -> Linear:
+def matrix(stored: Stored, experts: bool, dtype: mx.Dtype, ones: Ones) -> Linear:
     """Quantized where MLX has a product for it, else dense; ``linear`` says why the CPU's products are float32."""
     encoding, product = stored.encoding, mx.float32 if on_cpu() else dtype
     if encoding.mode == "fp8" and not encoding.block and stored.shape[-1] % GROUPS["mxfp8"] == 0:
-        return _channels(stored, product, ones)
+        return _channels(stored.read(), product, ones)
     if encoding.mode in ("dense", "fp8"):
-        return Dense(to_mlx(stored.decode()).astype(product if experts else dtype))
-    parts = {name: to_mlx(part) for name, part in stored.parts.items()}
+        return Dense(_values(stored, product if experts else dtype))
+    parts = {name: to_mlx(part) for name, part in stored.read().parts.items()}
     form = (encoding.mode, encoding.bits, encoding.group_size)
     return Quantized(parts["weight"], parts["scales"], parts.get("biases"), *form, product, parts.get("global_scale"))
+
+
+def _values(stored: Stored, dtype: mx.Dtype) -> mx.array:
+    """In ``dtype``. What must be unpacked is so some rows at a time, since it passes through float32."""
+    pieces: list[mx.array] = []
+    align = stored.encoding.block if len(stored.shape) == 2 else 0
+    for start, stop in stored.chunks(PIECE, align or 1) if stored.quantized else [(0, stored.shape[0])]:
+        pieces.append(to_mlx(stored.read(start, stop).decode()).astype(dtype))
+        mx.eval(pieces[-1])
+    return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
 
 
 def _channels(stored: Encoded, product: mx.Dtype, ones: Ones) -> Quantized:

@@ -104,7 +104,20 @@ def matrix(encoding: Encoding, *shape: int, dtype: mx.Dtype = mx.float32) -> tup
     if encoding.global_scale:  # gate and up of a bank have different ones; rows in general
         rows = np.random.default_rng(1).uniform(0.001, 0.1, shape[:-1]).astype(np.float32)
         stored = dataclasses.replace(stored, parts={**stored.parts, "global_scale": rows})
-    return weights.matrix(stored, len(shape) == 3, dtype, {}), np.array(stored.decode(), np.float64)
+    return weights.matrix(held(stored), len(shape) == 3, dtype, {}), np.array(stored.decode(), np.float64)
+
+
+def held(encoded: Encoded) -> Stored:
+    """As a reader would hand it over; rows of the first axis can be asked for."""
+
+    def load(start: int, stop: int) -> Encoded:
+        edge = encoded.encoding.block if len(encoded.shape) == 2 else 0
+        parts = {name: part[start:stop] for name, part in encoded.parts.items()}
+        if edge:
+            parts["scales"] = encoded.parts["scales"][start // edge : -(-stop // edge)]
+        return Encoded(encoded.encoding, (stop - start, *encoded.shape[1:]), parts)
+
+    return Stored(encoded.encoding, encoded.shape, (), load, quantized=True)
 
 
 def near(found: mx.array, expected: np.ndarray, scale: np.ndarray) -> None:
@@ -154,7 +167,7 @@ def test_nan_codes_stay_nan():
     scales = np.array([[1], [2], [3], [0.5]], ml_dtypes.bfloat16)
     parts = {"weight": codes.view(ml_dtypes.float8_e4m3fn), "scales": scales}
     stored = Encoded(Encoding("fp8", "bfloat16", 8), codes.shape, parts)
-    packed = weights.matrix(stored, False, mx.float32, {})
+    packed = weights.matrix(held(stored), False, mx.float32, {})
     np.testing.assert_array_equal(np.array(packed.rows(mx.arange(4))), stored.decode())
     assert np.isnan(np.array(packed.apply(mx.ones((2, 64))))).any(0).tolist() == [False, True, True, False]
 
@@ -217,13 +230,12 @@ def test_loading_holds_one_tensor_twice_at_most():
 
 @functools.cache
 def recoded(encoding: Encoding, **shape: int) -> Checkpoint:
-    """The tiny checkpoint with every matrix in ``encoding``, as a reader would hand it over."""
+    """The tiny checkpoint with every matrix in ``encoding``."""
     checkpoint = open_checkpoint(tiny.checkpoint(shape=tuple(shape.items())))
     tensors = dict(checkpoint.tensors)
     for name, row in checkpoint.table.items():
         if len(row.shape) > 1 and "vision" not in name:
-            stored = encode(checkpoint.read(name), encoding)
-            tensors[name] = Stored(encoding, row.shape, (), lambda _, __, stored=stored: stored, quantized=True)
+            tensors[name] = held(encode(checkpoint.read(name), encoding))
     return dataclasses.replace(checkpoint, tensors=tensors)
 
 
@@ -238,6 +250,20 @@ def test_what_has_no_product_is_unpacked_and_said():
     assert exact["approximations"] == [] and exact["formats"]["float32 from fp8 block 128"] == 63
     channels = load(recoded(Encoding("fp8", "bfloat16", 8)), dtype="float32").describe()["formats"]
     assert channels["fp8 per channel"] == 56 and channels["float32 from fp8 per channel"] == 7  # down_proj: rows of 48
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (5, 300, 200)], ids=["matrix", "bank"])
+def test_what_is_unpacked_is_so_in_pieces(shape, monkeypatch):
+    """Whole blocks of a matrix, whole experts of a bank; the last piece is smaller."""
+    stored = encode(
+        np.random.default_rng(0).normal(size=shape).astype(np.float32), Encoding("fp8", "float32", 8, block=128)
+    )
+    sizes, decode = [], Encoded.decode
+    monkeypatch.setattr(Encoded, "decode", lambda self: sizes.append(self.shape) or decode(self))
+    monkeypatch.setattr(weights, "PIECE", 2 * 300 * 200 if len(shape) == 3 else 128 * 200)
+    found = weights.matrix(held(stored), False, mx.float32, {})
+    assert sizes == ([(2, 300, 200)] * 2 + [(1, 300, 200)] if len(shape) == 3 else [(128, 200)] * 2 + [(44, 200)])
+    np.testing.assert_array_equal(np.array(found.weight), decode(stored))
 
 
 def test_channel_scales_cost_next_to_nothing():

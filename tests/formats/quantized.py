@@ -133,7 +133,8 @@ def described(config: dict[str, Any], kind: str, formats: dict[str, Format | Non
         del block["mode"]
     config["dtype"] = dtype
     config["quantization"] = config["quantization_config"] = block
+    if "per_layer_config" not in config["text_config"]:
+        return config
     full = next(iter(config["text_config"]["per_layer_config"].values()))
-    return googles(
-        config, {"global_head_dim": full["head_dim"], "num_global_key_value_heads": full["num_key_value_heads"]}
-    )
+    shape = {"global_head_dim": full["head_dim"], "num_global_key_value_heads": full["num_key_value_heads"]}
+    return googles(config, shape)
