@@ -1,4 +1,4 @@
-"""From a model name to a folder: ``demo``, a local folder, or a hub repository, downloaded once and kept.
+"""From a model name to its place: ``demo``, a folder, a .gguf file, or a hub repository, downloaded once and kept.
 
 ``HF_HUB_OFFLINE``, ``HF_HOME`` and ``HF_TOKEN`` mean what they mean to huggingface_hub. A cut connection is taken up
 where it broke; a download that was stopped keeps its finished files. Config and index come first, so that a model that
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .config import ModelConfig
 from .errors import CheckpointError
+from .formats import gguf_model
 from .json_file import read_json
 from .tensors import stored_bytes
 
@@ -24,17 +25,22 @@ WANTED, FOLDERS = ["*.json", "*.jinja", "*.model", "*.safetensors"], ["*/*"]  # 
 
 
 def resolve(name: str, fits: Callable[[ModelConfig, int], None], revision: str | None = None) -> Path:
-    """The folder of ``name``. ``fits(config, weight_bytes)`` raises if the model cannot run here.
+    """The folder or .gguf file of ``name``. ``fits(config, weight_bytes)`` raises if the model cannot run here.
 
     Raises:
         FileNotFoundError: no such folder, and not a name the hub knows; the message says which was tried.
     """
-    folder = DEMO if name == "demo" else _expanded(name)
-    if name and folder.is_dir():
-        fits(ModelConfig.from_folder(folder), _folder_bytes(folder))
-        return folder
-    if folder.is_file():
-        raise FileNotFoundError(f"{name!r} is a file; give the checkpoint folder it is in")
+    place = DEMO if name == "demo" else _expanded(name)
+    files = gguf_model.locate(place) if name else None
+    if files:
+        config = ModelConfig.from_folder(gguf_model.sidecar_folder(files, None))
+        fits(config, gguf_model.resident_bytes(files, config))
+        return place
+    if name and place.is_dir():
+        fits(ModelConfig.from_folder(place), _folder_bytes(place))
+        return place
+    if place.is_file():
+        raise FileNotFoundError(f"{name!r} is a file; give the checkpoint folder it is in, or a .gguf file")
     if not HUB_NAME.fullmatch(name):
         example = "google/diffusiongemma-26B-A4B-it"
         raise FileNotFoundError(f"{name!r} is neither a folder here nor a hub name like {example!r}")

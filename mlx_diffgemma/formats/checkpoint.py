@@ -12,6 +12,7 @@ from ..config import GenerationConfig, ModelConfig
 from ..errors import CheckpointError
 from ..json_file import read_json
 from ..tensors import DECODER, VISION, Tensor, tensor_table
+from . import gguf_model
 from .assemble import Assembled, Dialect, assemble
 from .detect import detect
 from .encoding import Encoded
@@ -73,14 +74,22 @@ class Checkpoint:
         return sum(stored.nbytes for stored in self.tensors.values())
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a folder of safetensors files, in whatever format, and check it against the tensor table.
+def open_checkpoint(folder: Path, sidecars: Path | None = None, projector: Path | None = None) -> Checkpoint:
+    """Open a folder of safetensors files, in whatever format, or a GGUF file; check it against the tensor table.
+
+    Args:
+        folder: or a .gguf file, or a folder of one.
+        sidecars: of GGUF, where config.json and tokenizer are; by default they are beside it.
+        projector: of GGUF, the file of the vision tower; by default the mmproj file beside it.
 
     Raises:
         FileNotFoundError: no such folder, or no weights in it.
         CheckpointError: a missing, unknown, doubled or misshapen tensor, or a damaged file; lists the names.
         ConfigError: config.json describes another model, or its quantization wrongly.
     """
+    found = gguf_model.locate(folder, projector)
+    if found:
+        return _open_gguf(found, gguf_model.sidecar_folder(found, sidecars))
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give a checkpoint folder, a hub name, or 'demo'")
     data = read_json(folder / "config.json")
@@ -91,8 +100,24 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return build(folder, config, dialect, assemble(parts, tensor_table(config), dialect), [f.path for f in files])
 
 
-def build(folder: Path, config: ModelConfig, dialect: Dialect, found: Assembled, files: list[Path]) -> Checkpoint:
-    """The checkpoint of assembled tensors, once they are exactly those that the config calls for."""
+def _open_gguf(files: gguf_model.Files, folder: Path) -> Checkpoint:
+    config = ModelConfig.from_folder(folder)
+    dialect, found = gguf_model.read(files, config)
+    return build(folder, config, dialect, found, files.paths, files.model[0])
+
+
+def build(
+    folder: Path,
+    config: ModelConfig,
+    dialect: Dialect,
+    found: Assembled,
+    files: list[Path],
+    place: Path | None = None,
+) -> Checkpoint:
+    """The checkpoint of assembled tensors, once they are exactly those that the config calls for.
+
+    ``place`` is what a message names, where that is not ``folder``.
+    """
     table, notes = tensor_table(config), []
     tower = [name for name, row in table.items() if row.role == "vision"]
     if tower and dialect.partial and set(tower) <= set(found.missing):
@@ -105,7 +130,7 @@ def build(folder: Path, config: ModelConfig, dialect: Dialect, found: Assembled,
             missing=[name for name in found.missing if name in table],
             unused=sorted({*found.unused, *(n for n in unused if n in found.tensors)}),
         )
-    _check(folder, found)
+    _check(place or folder, found)
     if found.unused:
         notes.append(f"not used: {_tensors(found.unused)}")
     generation = GenerationConfig.from_folder(folder, config)
@@ -139,12 +164,12 @@ def _shards(index: Path) -> list[str]:
     return sorted(names)
 
 
-def _check(folder: Path, found: Assembled) -> None:
+def _check(place: Path, found: Assembled) -> None:
     if found.missing:
-        raise CheckpointError(f"{folder} lacks {_tensors(found.missing)}; download it again")
+        raise CheckpointError(f"{place} lacks {_tensors(found.missing)}; download it again")
     if found.unknown:
         raise CheckpointError(
-            f"{folder} has {_tensors(found.unknown)} beyond what its config.json calls for; are they of one model?"
+            f"{place} has {_tensors(found.unknown)} beyond what its config.json calls for; are they of one model?"
         )
 
 
