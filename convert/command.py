@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_diffgemma.commands.options import INTERRUPTED, Parser, hush, mistake
-from mlx_diffgemma.errors import OptionError, UserError
+from mlx_diffgemma.errors import CheckpointError, OptionError, UserError
+from mlx_diffgemma.formats import Checkpoint
+from mlx_diffgemma.json_file import read_json
 
-from . import describe, plan, recipes
+from . import describe, manifest, plan, recipes
 from .progress import shown
 from .run import convert
 from .show import report
 from .source import open_source
-from .targets import TARGETS, target
+from .targets import CONTAINERS, TARGETS, target
 from .text import parse_size
+from .upload import check_name, upload
 
 PROG = "mlx_diffgemma.convert"
 
@@ -35,8 +38,11 @@ def parser() -> Parser:
     parse.add_argument("--text-only", action="store_true", help="leave the vision tower and its projector out")
     parse.add_argument("--sidecars-from", metavar="DIR", help="take tokenizer, template and so on from here")
     parse.add_argument("--shard-size", metavar="SIZE", type=size, default=plan.SHARD, help="most per file (5GB)")
+    parse.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub repository")
+    parse.add_argument("--upload", metavar="REPO", help="send the result, or SOURCE where it is one, to the hub")
     parse.add_argument("--quiet", action="store_true", help="print nothing but mistakes")
     parse.add_argument("--show", action="store_true", help="print format, sizes, coverage and defaults of SOURCE")
+    parse.add_argument("--verify", action="store_true", help="with --show: compare every file with the manifest")
     return parse
 
 
@@ -62,27 +68,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    if not options.show and not options.dry_run and options.out is None:
-        raise OptionError("nothing to do; give a folder to write with --out, or say --dry-run or --show")
+    check(options)
+    if options.upload and not options.out:
+        return send(folder(options.source), options)
     kind, recipe = target(options.to), recipes.recipe(options.recipe)
-    checkpoint = open_source(options.source)
+    aside = folder(options.sidecars_from) if options.sidecars_from else None
+    checkpoint = open_source(options.source, options.revision, aside)
     if options.show:
-        print(report(checkpoint))
+        print(report(checkpoint, verified(checkpoint) if options.verify else None))
         return 0
     planned = plan.make(checkpoint, kind, recipe, text_only=options.text_only, shard_size=options.shard_size)
     if options.dry_run:
         print(describe.dry_run(planned))
         return 0
-    if not options.quiet:
-        for line in describe.remarks(planned):
-            print(line, file=sys.stderr)
-    aside = Path(options.sidecars_from).expanduser() if options.sidecars_from else None
-    total = sum(item.stored.nbytes for item in planned.items)
-    with shown(total, options.quiet) as progress:
-        done = convert(planned, Path(options.out).expanduser(), progress, resume=options.resume, sidecars_from=aside)
+    if options.to in CONTAINERS:
+        with shown(planned.source_bytes, options.quiet) as progress:
+            CONTAINERS[options.to].write(checkpoint, planned, folder(options.out), progress)
+        return 0
+    say(options, *describe.remarks(planned))
+    with shown(planned.source_bytes, options.quiet) as progress:
+        done = convert(planned, folder(options.out), progress, resume=options.resume, sidecars_from=aside)
     if not options.quiet:
         print(describe.summary(done))
+    return send(done.folder, options) if options.upload else 0
+
+
+def check(options: argparse.Namespace) -> None:
+    """What can be refused before anything is opened or downloaded."""
+    if not (options.show or options.dry_run or options.out or options.upload):
+        raise OptionError("nothing to do; give a folder to write with --out, or say --dry-run or --show")
+    if options.verify and not options.show:
+        raise OptionError("--verify belongs to --show")
+    if options.upload:
+        check_name(options.upload)
+    if options.resume and not options.out:
+        raise OptionError("--resume needs --out, the folder of the interrupted conversion")
+
+
+def folder(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise OptionError(f"{text!r}: there is no such user; give a folder") from error
+
+
+def verified(checkpoint: Checkpoint) -> int:
+    """How many files are as the manifest says; anything else is a mistake to report."""
+    faults = manifest.verify(checkpoint.folder)
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(f"{checkpoint.folder} is not as it was written: {'; '.join(faults[:3])}{more}")
+    return len(read_json(checkpoint.folder / manifest.MANIFEST)["outputs"])
+
+
+def send(place: Path, options: argparse.Namespace) -> int:
+    say(options, f"uploading {place} to {options.upload}")
+    address = upload(place, options.upload)
+    if not options.quiet:
+        print(address)
     return 0
+
+
+def say(options: argparse.Namespace, *lines: str) -> None:
+    """On stderr, where the progress is."""
+    for line in () if options.quiet else lines:
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

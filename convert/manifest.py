@@ -76,7 +76,7 @@ def rounded(error: Error) -> float:
 
 
 def _tensor(item: Any, error: Error | None) -> dict[str, Any]:
-    found = {"from": item.stored.format, "to": str(item.encoding), "edge": item.edge}
+    found = {"role": item.row.role, "from": item.stored.format, "to": str(item.encoding), "edge": item.edge}
     found |= {"note": item.note} if item.note else {}
     return found | ({"error": rounded(error)} if error else {})
 

@@ -85,6 +85,11 @@ class Plan:
         return sum(item.nbytes for item in self.items)
 
     @property
+    def source_bytes(self) -> int:
+        """Bytes to read."""
+        return sum(item.stored.nbytes for item in self.items)
+
+    @property
     def values(self) -> int:
         return sum(item.row.size for item in self.items)
 

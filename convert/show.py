@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from typing import Any
 
 from mlx_diffgemma.config import TextConfig
 from mlx_diffgemma.formats import Checkpoint
+from mlx_diffgemma.json_file import read_json
+from mlx_diffgemma.tensors import VISION
 
-from .text import readable
+from . import sidecars
+from .manifest import MANIFEST
+from .output import JOURNAL
+from .text import readable, table
+from .writer import INDEX, PART
 
 SIZES = (
     "vocab_size",
@@ -22,61 +29,93 @@ SIZES = (
     "sliding_window",
     "max_position_embeddings",
 )
+WIDTH = 26
 
 
-@dataclass
-class Share:
-    """What one role, or one dtype, has of the checkpoint."""
+def report(checkpoint: Checkpoint, verified: int | None = None) -> str:
+    """Format, coverage by role, sizes of the network, defaults of generation: one item per line.
 
-    tensors: int = 0
-    values: int = 0
-    bytes: int = 0
-
-    def add(self, values: int, size: int) -> None:
-        self.tensors, self.values, self.bytes = self.tensors + 1, self.values + values, self.bytes + size
-
-    def __str__(self) -> str:
-        return f"{self.tensors:>7,} tensors {self.values:>16,} values {readable(self.bytes):>10}"
+    ``verified``: how many files are as the manifest has them, or None where nobody looked.
+    """
+    return "\n".join(_lines(checkpoint, verified))
 
 
-def report(checkpoint: Checkpoint) -> str:
-    """Format, dtypes, coverage by role, sizes of the network, defaults of generation: one item per line."""
-    return "\n".join(_lines(checkpoint))
-
-
-def _lines(checkpoint: Checkpoint) -> Iterator[str]:
-    roles, formats = _shares(checkpoint)
-    total = Share(*(sum(getattr(share, f.name) for share in roles.values()) for f in fields(Share)))
+def _lines(checkpoint: Checkpoint, verified: int | None) -> Iterator[str]:
+    values, stored = _values(checkpoint), checkpoint.nbytes
+    files = f"{len(checkpoint.files)} file{'s' if len(checkpoint.files) > 1 else ''}"
     yield _row("folder", checkpoint.folder)
-    yield _row("format", f"{checkpoint.format}, files: {len(checkpoint.files)}")
-    yield _row("total", total)
-    for name, share in formats.items():
-        yield _row(f"  {name}", share)
-    for note in checkpoint.notes:
+    yield _row("format", f"{checkpoint.format}, {files}")
+    yield _row("total", f"{len(checkpoint.table):,} tensors, {values:,} values, {readable(stored)}")
+    yield _row("bits per weight", _bits(checkpoint))
+    yield _row("made", _made(checkpoint, verified))
+    for note in (*checkpoint.notes, *_odd(checkpoint)):
         yield _row("note", note)
     yield "coverage (every tensor of the model is there, and no other)"
-    for role, share in roles.items():
-        yield _row(f"  {role}", share)
+    yield from (f"  {line}" for line in _coverage(checkpoint))
     yield "network"
     yield from _network(checkpoint)
     yield "generation"
-    for field in fields(checkpoint.generation):
-        yield _row(f"  {field.name}", getattr(checkpoint.generation, field.name))
+    for name, value in vars(checkpoint.generation).items():
+        yield _row(f"  {name}", value)
 
 
 def _row(name: str, value: object) -> str:
-    return f"{name:<26}{value}"
+    return f"{name:<{WIDTH}}{value}"
 
 
-def _shares(checkpoint: Checkpoint) -> tuple[dict[str, Share], dict[str, Share]]:
-    """By role and by number format, in the order of the tensor table."""
-    roles: dict[str, Share] = {}
-    formats: dict[str, Share] = {}
+def _values(checkpoint: Checkpoint, text: bool = False) -> int:
+    return sum(row.size for row in checkpoint.table.values() if not (text and row.role in VISION))
+
+
+def _bits(checkpoint: Checkpoint) -> str:
+    text = [name for name, row in checkpoint.table.items() if row.role not in VISION]
+    alone = 8 * sum(checkpoint.tensors[name].nbytes for name in text) / _values(checkpoint, text=True)
+    every = 8 * checkpoint.nbytes / _values(checkpoint)
+    return f"{every:.2f}" + (f", {alone:.2f} without the vision tower" if len(text) < len(checkpoint.table) else "")
+
+
+def _made(checkpoint: Checkpoint, verified: int | None) -> str:
+    path = checkpoint.folder / MANIFEST
+    if not path.is_file():
+        return f"not by this library (no {MANIFEST})"
+    data = read_json(path)
+    recipe, source = _part(data, "recipe").get("name"), _part(data, "source").get("name")
+    state = "not verified; --verify reads every file" if verified is None else f"verified, {verified} files"
+    return f"by {data.get('library')} from {source}, recipe {recipe} ({state})"
+
+
+def _part(data: dict[str, Any], key: str) -> dict[str, Any]:
+    value = data.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _odd(checkpoint: Checkpoint) -> Iterator[str]:
+    """What is unusual but no mistake."""
+    folder = checkpoint.folder
+    missing = sidecars.absent(sidecars.find(folder), checkpoint.config.vision is None)
+    if missing:
+        yield f"not in the folder: {', '.join(missing)}"
+    unfinished = sorted(path.name for path in folder.glob(f"*{PART}"))
+    if (folder / JOURNAL).exists() or unfinished:
+        yield f"a conversion into this folder was interrupted: {', '.join(unfinished) or JOURNAL}"
+    if len(checkpoint.files) > 1 and not (folder / INDEX).is_file():
+        yield f"{len(checkpoint.files)} files without an index: all of them are read"
+    forms = {stored.encoding.dtype for stored in checkpoint.tensors.values() if not stored.encoding.quantized}
+    if len(forms) > 1:
+        yield f"dense tensors are of several kinds: {', '.join(sorted(forms))}"
+
+
+def _coverage(checkpoint: Checkpoint) -> list[str]:
+    """One line for each role and number format, in the order of the tensor table."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, row in checkpoint.table.items():
-        stored = checkpoint.tensors[name]
-        for shares, key in ((roles, str(row.role)), (formats, stored.format)):
-            shares.setdefault(key, Share()).add(row.size, stored.nbytes)
-    return roles, formats
+        groups[row.role, checkpoint.tensors[name].format].append(name)
+    rows = [("", "tensors", "values", "format", "size", "bits per weight")]
+    for (role, form), names in groups.items():
+        values = sum(checkpoint.table[name].size for name in names)
+        size = sum(checkpoint.tensors[name].nbytes for name in names)
+        rows.append((role, f"{len(names):,}", f"{values:,}", form, readable(size), f"{8 * size / values:.2f}"))
+    return table(rows, "<>><>>")
 
 
 def _network(checkpoint: Checkpoint) -> Iterator[str]:

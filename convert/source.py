@@ -8,14 +8,15 @@ from mlx_diffgemma import hub
 from mlx_diffgemma.formats import Checkpoint, open_checkpoint
 
 
-def open_source(name: str) -> Checkpoint:
+def open_source(name: str, revision: str | None = None, sidecars: Path | None = None) -> Checkpoint:
     """Download it if need be, and check it. No weight is read, and it need not fit into memory.
+
+    ``sidecars``: the folder of config.json and tokenizer of a .gguf file, where they are not beside it.
 
     Raises:
         FileNotFoundError: there is no such thing.
         UserError: it is not a checkpoint that this library reads.
     """
-    path = Path(name).expanduser() if not name.startswith("~") or "/" in name else Path(name)
-    if path.suffix == ".gguf" and path.is_file():
-        return open_checkpoint(path)
-    return open_checkpoint(hub.resolve(name, lambda config, size: None))
+    if name.endswith(".gguf"):
+        return open_checkpoint(Path(name).expanduser(), sidecars)
+    return open_checkpoint(hub.resolve(name, lambda config, size: None, revision))
