@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from os import PathLike, fspath
@@ -13,7 +14,8 @@ from .backend import Choice, Masks, Model, choose, implementation
 from .config import GenerationConfig, ModelConfig
 from .errors import CheckpointError, MemoryBudgetError, OptionError
 from .events import Block, Draft, Event, Finished
-from .formats import open_checkpoint
+from .formats import Checkpoint, open_checkpoint
+from .formats.stored import Stored
 from .prompts.processor import Processor, Prompt
 from .sampling import engine
 from .sampling.noise import fresh_seed
@@ -52,6 +54,7 @@ def load(
         check_fit(choice, needed_bytes(config, stored, choice, dtype), code.memory(choice.device))
 
     checkpoint = open_checkpoint(hub.resolve(fspath(model), fits, revision))
+    fits(checkpoint.config, unpacked_bytes(checkpoint, choice))
     processor = Processor.from_folder(checkpoint.folder, checkpoint.generation)
     return code.load(checkpoint, device=choice.device, dtype=dtype), processor
 
@@ -71,6 +74,21 @@ def needed_bytes(config: ModelConfig, stored: int, choice: Choice, dtype: str | 
         table = sum(row.size for row in rows if row.role == "embedding")
         return stored if choice.name == "mlx" else stored + table * width
     return stored / item * (4 if choice.name == "mlx" and sys.platform != "darwin" else width)
+
+
+def unpacked_bytes(checkpoint: Checkpoint, choice: Choice) -> int:
+    """Bytes of all tensors, in the config's dtype where the backend has no product for what is stored.
+
+    That is GGUF's K-quants, and in MLX FP8 in blocks.
+    """
+    width = item_bytes(checkpoint.config)
+
+    def held(stored: Stored) -> int:
+        blocks = stored.encoding.block and choice.name == "mlx"
+        packed = stored.encoding.quantized and not blocks
+        return stored.nbytes if packed or not stored.quantized else width * math.prod(stored.shape)
+
+    return sum(map(held, checkpoint.tensors.values()))
 
 
 def check_fit(choice: Choice, needed: float, free: int) -> None:
