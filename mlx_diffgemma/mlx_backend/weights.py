@@ -142,8 +142,8 @@ def _remarks(
     if dtype == "bfloat16":
         if unpacked:
             approximations.append(f"dequantized weights ({unpacked}) are rounded to bfloat16")
-        if any(stored.format == "float16" for stored in checkpoint.tensors.values()):
-            notes.append("float16 weights are rounded to bfloat16; dtype='float32' keeps them")
+        wide = {checkpoint.tensors[name].format for name in matrices} & {"float16", "float32"}
+        notes += [f"{name} weights are rounded to bfloat16; dtype='float32' keeps them" for name in sorted(wide)]
     if checkpoint.config.vision:
         notes.append(TEXT_ONLY)
     return tuple(notes), tuple(approximations)
