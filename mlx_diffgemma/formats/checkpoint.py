@@ -103,7 +103,8 @@ def open_checkpoint(folder: Path, sidecars: Path | None = None, projector: Path 
 def _open_gguf(files: gguf_model.Files, folder: Path) -> Checkpoint:
     config = ModelConfig.from_folder(folder)
     dialect, found = gguf_model.read(files, config)
-    return build(folder, config, dialect, found, files.paths, files.model[0])
+    paths = files.paths if config.vision else list(files.model)
+    return build(folder, config, dialect, found, paths, files.model[0])
 
 
 def build(

@@ -101,4 +101,6 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
     return str(list(value) if isinstance(value, tuple) else value)[:80]
