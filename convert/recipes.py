@@ -121,7 +121,6 @@ RECIPES = {
             experts=Encoding("nvfp4", "bfloat16", 4, 16, global_scale=True),
             attention=FP8,
             mlp=FP8,
-            self_conditioning=FP8,
         ),
     )
 }

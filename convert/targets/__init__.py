@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from mlx_diffgemma.errors import OptionError
 
 from ..target import Target
+from .compressed_tensors import CompressedTensors
 from .hf import HuggingFace
 from .mlx import MLX
 
 if TYPE_CHECKING:
     from ..container import Container
 
-TARGETS: dict[str, Target] = {target.name: target for target in (MLX(), HuggingFace())}
+TARGETS: dict[str, Target] = {target.name: target for target in (MLX(), HuggingFace(), CompressedTensors())}
 CONTAINERS: dict[str, Container] = {}
 
 
