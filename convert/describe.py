@@ -66,18 +66,23 @@ def _tensors(plan: Plan) -> list[str]:
 
 def _roles(plan: Plan, errors: Errors | None = None) -> list[str]:
     """One line for each role and pair of encodings; the error, where one was measured, is of these tensors alone."""
-    groups: dict[tuple[str, str, str], list[Item]] = defaultdict(list)
+    roles: dict[str, dict[tuple[str, str], list[Item]]] = {}
     for item in plan.items:
-        groups[item.row.role, item.stored.format, str(item.encoding)].append(item)
-    head = ["role", "tensors", "values", "from", "to", "size", "bits per weight", "error" if errors else ""]
-    rows = [head]
-    for (role, source, target), items in groups.items():
-        values, nbytes = sum(item.row.size for item in items), sum(item.nbytes for item in items)
-        found = [errors[item.row.name] for item in items if errors and item.row.name in errors]
-        error = f"{sum(found, Error()).relative:.2%}" if found else ""
-        bits = f"{8 * nbytes / values:.2f}"
-        rows.append([role, f"{len(items):,}", f"{values:,}", source, target, readable(nbytes), bits, error])
+        roles.setdefault(item.row.role, {}).setdefault((item.stored.format, str(item.encoding)), []).append(item)
+    rows = [["role", "tensors", "values", "from", "to", "size", "bits per weight", "error" if errors else ""]]
+    for role, groups in roles.items():
+        for (source, target), items in groups.items():
+            values, nbytes = sum(item.row.size for item in items), sum(item.nbytes for item in items)
+            bits, error = f"{8 * nbytes / values:.2f}", _error(items, errors or {})
+            rows.append([role, f"{len(items):,}", f"{values:,}", source, target, readable(nbytes), bits, error])
     return table(rows, "<>><<>>>")
+
+
+def _error(items: list[Item], errors: Errors) -> str:
+    found = [errors[item.row.name] for item in items if item.row.name in errors]
+    if not found:
+        return ""
+    return f"{sum(found, Error()).relative:.2%}" if any(error.lost for error in found) else "exact"
 
 
 def _totals(plan: Plan) -> list[str]:

@@ -37,33 +37,6 @@ def googles(config: Mapping[str, Any], encodings: Mapping[str, Encoding]) -> dic
     return found
 
 
-def described(config: ModelConfig) -> dict[str, Any]:
-    """A config.json from what this library knows of a model: for formats that have none."""
-    text = dataclasses.asdict(config.text)
-    ropes = dict(zip(config.text.layer_types, config.text.ropes, strict=True))
-    rows = {kind: {"rope_theta": rope.theta} for kind, rope in ropes.items()}
-    rows.setdefault(SLIDING, {"rope_theta": 1e4})["rope_type"] = "default"  # type: ignore[assignment]
-    rows[FULL] |= {"rope_type": "proportional", "partial_rotary_factor": ropes[FULL].partial_rotary_factor}  # type: ignore[dict-item]
-    if ropes[FULL].factor != 1:
-        rows[FULL]["factor"] = ropes[FULL].factor
-    for key in ("head_dims", "num_key_value_heads", "ropes"):
-        del text[key]
-    text |= _heads(config.text) | {"layer_types": list(config.text.layer_types), "rope_parameters": rows}
-    text |= {"model_type": "diffusion_gemma_text", "pad_token_id": config.pad_token_id}
-    found = {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPES[0],
-        "dtype": config.dtype,
-        "canvas_length": config.canvas_length,
-        "eos_token_id": list(config.eos_token_ids),
-        "image_token_id": config.image_token_id,
-        "text_config": text,
-        "vision_config": dataclasses.asdict(config.vision) | {"model_type": "gemma4_vision"} if config.vision else None,
-    }
-    assert ModelConfig.from_dict(found) == config, "the description says something else"
-    return found
-
-
 def _text(given: Mapping[str, Any], text: TextConfig, dtype: str) -> dict[str, Any]:
     found = {key: value for key, value in given.items() if key not in (*DROPPED, "per_layer_config")}
     found |= _heads(text) | {"layer_types": list(text.layer_types)}

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_diffgemma import __version__
 from mlx_diffgemma.errors import CheckpointError
+from mlx_diffgemma.formats import Checkpoint
 from mlx_diffgemma.json_file import read_json
 
 from .digest import facts
@@ -25,17 +26,18 @@ def library() -> str:
     return f"mlx-diffgemma {__version__}"
 
 
-def origin(folder: Path) -> str:
-    """The name of a source: of its repository where the hub's cache says so, else of its folder."""
-    for part in folder.resolve().parts:
+def origin(checkpoint: Checkpoint) -> str:
+    """The name of a source: of its repository where the hub's cache says so, else of its folder, or its file."""
+    path = checkpoint.files[0].absolute()
+    for part in path.parts:
         if match := CACHED.fullmatch(part):
             return f"{match[1]}/{match[2]}"
-    return folder.resolve().name
+    return path.parent.resolve().name if path.suffix == ".safetensors" else path.name
 
 
-def ancestors(folder: Path) -> list[str]:
+def ancestors(checkpoint: Checkpoint) -> list[str]:
     """What the source itself was made from, nearest first."""
-    path = folder / MANIFEST
+    path = checkpoint.files[0].parent / MANIFEST
     if not path.is_file():
         return []
     source = read_json(path).get("source", {})
@@ -45,8 +47,8 @@ def ancestors(folder: Path) -> list[str]:
 def build(plan: Plan, errors: Errors, inputs: Facts, outputs: Facts) -> dict[str, Any]:
     """No time and no path in it: the same conversion gives the same bytes."""
     checkpoint = plan.checkpoint
-    source: dict[str, Any] = {"name": origin(checkpoint.folder), "format": checkpoint.format}
-    made_from = ancestors(checkpoint.folder)
+    source: dict[str, Any] = {"name": origin(checkpoint), "format": checkpoint.format}
+    made_from = ancestors(checkpoint)
     return {
         "library": library(),
         "source": source | ({"made_from": made_from} if made_from else {}) | {"files": inputs},

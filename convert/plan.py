@@ -145,7 +145,7 @@ def choose(
         wanted = recipe.wanted(row, layers)
         if wanted is None:
             assert stored is not None, "keeping numbers needs to know them"
-            found[name] = _kept(row, target, stored[name].encoding)
+            found[name] = _kept(row, target, stored[name])
             continue
         found[name] = _fitted(row, target, wanted)
         if wanted.quantized and len(row.shape) > 1:
@@ -188,17 +188,19 @@ def _smaller_groups(wanted: Encoding) -> Iterable[Encoding]:
         yield replace(wanted, group_size=size)
 
 
-def _kept(row: Tensor, target: Target, stored: Encoding) -> Choice:
+def _kept(row: Tensor, target: Target, stored: Stored) -> Choice:
     """The stored numbers, in another form that holds them if need be; where there is none, bfloat16."""
-    forms = [stored]
-    if stored.mode == "nvfp4":
-        forms.append(replace(stored, global_scale=True))
-    if stored.mode in ("affine", "fp8"):
-        forms.append(replace(stored, dtype="float32"))
+    given = stored.encoding
+    forms = [given]
+    if given.mode == "nvfp4":
+        forms.append(replace(given, global_scale=True))
+    if given.mode in ("affine", "fp8"):
+        forms.append(replace(given, dtype="float32"))
     for form in forms:
         if target.holds(row, form):
-            return Choice(form)
-    return Choice(dense(), f"{target.name} cannot hold {stored}")
+            larger = stored.quantized and not form.quantized
+            return Choice(form, f"{target.name} has no {stored.format}; a --recipe makes it smaller" if larger else "")
+    return Choice(dense(), f"{target.name} cannot hold {stored.format}")
 
 
 def _check_overrides(rows: Iterable[Tensor], recipe: Recipe, layers: int) -> None:

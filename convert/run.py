@@ -25,7 +25,6 @@ from mlx_diffgemma.tensors import tensor_table
 
 from . import manifest, sidecars
 from .container import Progress
-from .dialect import described
 from .digest import Background, facts, sha256
 from .edges import Error
 from .output import JOURNAL, Journal, OutputError, check_free, check_room, claimed, json_bytes, put, sync
@@ -59,7 +58,7 @@ def convert(
     """
     started = time.perf_counter()
     beside = sidecars.find(plan.checkpoint.folder, sidecars_from)
-    config = json_bytes(plan.target.config(source_config(plan, sidecars_from), plan.encodings))
+    config = json_bytes(plan.target.config(source_config(plan), plan.encodings))
     with _one_line(out):
         check_free(out, plan.checkpoint.folder, resume=resume)
         journal = Journal(out, fingerprint(plan))
@@ -103,11 +102,9 @@ def _fill(
     return errors
 
 
-def source_config(plan: Plan, sidecars_from: Path | None = None) -> Mapping[str, Any]:
-    """The source's config.json, or what is known of a model that has none; without vision where that is dropped."""
-    places = [plan.checkpoint.folder, *([sidecars_from] if sidecars_from else [])]
-    given = [read_json(place / CONFIG) for place in places if (place / CONFIG).is_file()]
-    config = given[0] if given else described(plan.checkpoint.config)
+def source_config(plan: Plan) -> Mapping[str, Any]:
+    """The source's config.json, without vision where that is dropped."""
+    config = read_json(plan.checkpoint.folder / CONFIG)
     return {**config, "vision_config": None} if plan.text_only else config
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,14 +106,15 @@ def _odd(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _coverage(checkpoint: Checkpoint) -> list[str]:
     """One line for each role and number format, in the order of the tensor table."""
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    roles: dict[str, dict[str, list[str]]] = {}
     for name, row in checkpoint.table.items():
-        groups[row.role, checkpoint.tensors[name].format].append(name)
+        roles.setdefault(row.role, {}).setdefault(checkpoint.tensors[name].format, []).append(name)
     rows = [("", "tensors", "values", "format", "size", "bits per weight")]
-    for (role, form), names in groups.items():
-        values = sum(checkpoint.table[name].size for name in names)
-        size = sum(checkpoint.tensors[name].nbytes for name in names)
-        rows.append((role, f"{len(names):,}", f"{values:,}", form, readable(size), f"{8 * size / values:.2f}"))
+    for role, forms in roles.items():
+        for form, names in forms.items():
+            values = sum(checkpoint.table[name].size for name in names)
+            size = sum(checkpoint.tensors[name].nbytes for name in names)
+            rows.append((role, f"{len(names):,}", f"{values:,}", form, readable(size), f"{8 * size / values:.2f}"))
     return table(rows, "<>><>>")
 
 

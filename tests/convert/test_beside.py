@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from convert.command import main
-from convert.dialect import described, googles
+from convert.dialect import googles
 from convert.recipes import parse_encoding
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import ConfigError
@@ -100,12 +100,6 @@ class TestConfig:
         assert block["model.decoder.embed_tokens"] == eight
         assert block["model.decoder.layers.0.self_attn.q_proj"] == eight
         assert not [key for key in block if "experts" in key or "vision" in key or "norm" in key]
-
-    @pytest.mark.parametrize("path", [PUBLISHED, source() / "config.json"], ids=["published", "tiny"])
-    def test_a_config_from_nothing_says_the_same(self, path: Path):
-        """Formats without a config.json get one."""
-        config = ModelConfig.from_dict(read_json(path))
-        assert ModelConfig.from_dict(json.loads(json.dumps(described(config)))) == config
 
 
 class TestManifest:
