@@ -71,7 +71,7 @@ def read_weights(checkpoint: Checkpoint, dtype: str | None) -> Weights:
             arrays[name] = to_mlx(checkpoint.read(name)).astype(mx.float32 if wide else DTYPES[dtype])
             mx.eval(arrays[name])
     formats = {name: _format(checkpoint, name, matrices.get(name), dtype) for name in (*matrices, *arrays)}
-    notes, approximations = _remarks(checkpoint, matrices, dtype)
+    notes, approximations = _remarks(checkpoint, matrices, arrays, dtype)
     return Weights(matrices, arrays, dtype, dict(Counter(formats.values())), notes, approximations)
 
 
@@ -122,7 +122,7 @@ def _format(checkpoint: Checkpoint, name: str, matrix: Linear | None, dtype: str
 
 
 def _remarks(
-    checkpoint: Checkpoint, matrices: dict[str, Linear], dtype: str
+    checkpoint: Checkpoint, matrices: dict[str, Linear], arrays: dict[str, mx.array], dtype: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Notes and approximations."""
     notes, approximations = [], []
@@ -142,7 +142,9 @@ def _remarks(
     if dtype == "bfloat16":
         if unpacked:
             approximations.append(f"dequantized weights ({unpacked}) are rounded to bfloat16")
-        wide = {checkpoint.tensors[name].format for name in matrices} & {"float16", "float32"}
+        held = arrays | {name: matrix.arrays[0] for name, matrix in matrices.items()}
+        narrow = {checkpoint.tensors[name].format for name, array in held.items() if array.dtype == mx.bfloat16}
+        wide = narrow & {"float16", "float32"}
         notes += [f"{name} weights are rounded to bfloat16; dtype='float32' keeps them" for name in sorted(wide)]
     if checkpoint.config.vision:
         notes.append(TEXT_ONLY)

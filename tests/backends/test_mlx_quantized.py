@@ -70,8 +70,8 @@ def test_wider_scales_are_not_rounded(dtype, record):
     narrow = load_model(folder, "mlx", "bfloat16")
     packed = [m for m in narrow.network.matrices.values() if isinstance(m, linear.Quantized)]
     assert {m.scales.dtype for m in packed} == {m.biases.dtype for m in packed} == {getattr(mx, dtype)}
-    rounded = any("float16 weights are rounded" in note for note in narrow.describe()["notes"])
-    assert rounded == (dtype == "float16")
+    assert any(f"{dtype} weights are rounded" in note for note in narrow.describe()["notes"])
+    assert not any("rounded" in note for note in load_model(folder, "mlx", "float32").describe()["notes"])
 
 
 @pytest.mark.parametrize("kind", foreign.KINDS)
