@@ -32,9 +32,9 @@ class MLXModel:
             "dtype": self.weights.dtype,
             "kernels": "ops",
             "weight_bytes": self.weights.nbytes,
-            "formats": dict(self.weights.formats),
-            "approximations": list(self.weights.approximations),
-            "notes": list(self.weights.notes),
+            "formats": dict(self.weights.remarks.formats),
+            "approximations": list(self.weights.remarks.approximations),
+            "notes": list(self.weights.remarks.notes),
         }
 
     def peak_memory(self) -> int:

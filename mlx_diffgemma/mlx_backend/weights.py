@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
-from ..backend import TEXT_ONLY
 from ..errors import OptionError
 from ..formats import Checkpoint
 from ..formats.encoding import GROUPS, WIDTHS, Encoded
 from ..formats.stored import Stored
 from ..tensors import VISION
-from .linear import Dense, Linear, Quantized
+from .linear import Dense, Linear, Quantized, on_cpu
+from .remarks import Remarks, remarks
 
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
 ONE = 127  # 2^0 as an e8m0 byte
@@ -25,20 +24,15 @@ Ones = dict[tuple[int, ...], mx.array]  # all-one group scales by shape: one arr
 
 @dataclass(frozen=True)
 class Weights:
-    """Everything by canonical name, and what ``describe()`` says of it.
+    """Everything by canonical name, the dtype of activations, and what ``describe()`` says of it all.
 
-    Args:
-        matrices: all tensors of two axes or more.  arrays: the others.
-        dtype: of activations.
-        formats: how many tensors are held in each number format.
+    ``matrices`` are all tensors of two axes or more, ``arrays`` the others.
     """
 
     matrices: dict[str, Linear]
     arrays: dict[str, mx.array]
     dtype: str
-    formats: dict[str, int]
-    notes: tuple[str, ...]
-    approximations: tuple[str, ...]
+    remarks: Remarks
 
     @property
     def nbytes(self) -> int:
@@ -70,13 +64,7 @@ def read_weights(checkpoint: Checkpoint, dtype: str | None) -> Weights:
             wide = row.role == "norm" or name.endswith("per_expert_scale")
             arrays[name] = to_mlx(checkpoint.read(name)).astype(mx.float32 if wide else DTYPES[dtype])
             mx.eval(arrays[name])
-    formats = {name: _format(checkpoint, name, matrices.get(name), dtype) for name in (*matrices, *arrays)}
-    notes, approximations = _remarks(checkpoint, matrices, arrays, dtype)
-    return Weights(matrices, arrays, dtype, dict(Counter(formats.values())), notes, approximations)
-
-
-def on_cpu() -> bool:
-    return mx.default_device() == mx.Device(mx.cpu)
+    return Weights(matrices, arrays, dtype, remarks(checkpoint, matrices, arrays, DTYPES[dtype]))
 
 
 def matrix(stored: Stored, experts: bool, dtype: mx.Dtype, ones: Ones) -> Linear:
@@ -110,45 +98,6 @@ def _channels(stored: Encoded, product: mx.Dtype, ones: Ones) -> Quantized:
     rows = to_mlx(stored.parts["scales"][..., 0]).astype(mx.float32)
     words = to_mlx(codes.view(np.uint8).view(np.uint32))
     return Quantized(words, ones[shape], None, "mxfp8", WIDTHS["mxfp8"], group, product, rows)
-
-
-def _unpacked(checkpoint: Checkpoint, name: str, matrix: Linear | None) -> bool:
-    return checkpoint.tensors[name].quantized and not isinstance(matrix, Quantized)
-
-
-def _format(checkpoint: Checkpoint, name: str, matrix: Linear | None, dtype: str) -> str:
-    stored = checkpoint.tensors[name].format
-    return f"{dtype} from {stored}" if _unpacked(checkpoint, name, matrix) else stored
-
-
-def _remarks(
-    checkpoint: Checkpoint, matrices: dict[str, Linear], arrays: dict[str, mx.array], dtype: str
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Notes and approximations."""
-    notes, approximations = [], []
-    packed = [matrix for matrix in matrices.values() if isinstance(matrix, Quantized)]
-    banks = [matrices[name] for name, row in checkpoint.table.items() if row.role == "experts"]
-    if on_cpu() and dtype != "float32":
-        if any(isinstance(bank, Dense) for bank in banks):
-            notes.append("experts are computed in float32: MLX has no bfloat16 gather_mm on the CPU")
-        if packed:
-            notes.append("quantized products are computed in float32: on the CPU, MLX's others add up in bfloat16")
-    elif any(matrix.scales.dtype not in (mx.uint8, DTYPES[dtype]) for matrix in packed):
-        notes.append("some quantized products are computed in float32: their scales are no bfloat16 numbers")
-    dense = {name: checkpoint.tensors[name] for name in matrices if _unpacked(checkpoint, name, matrices[name])}
-    unpacked = ", ".join(sorted({stored.format for stored in dense.values()}))
-    if unpacked:
-        notes.append(f"{unpacked} is dequantized at load: MLX has no product for it")
-    if dtype == "bfloat16":
-        if unpacked:
-            approximations.append(f"dequantized weights ({unpacked}) are rounded to bfloat16")
-        held = arrays | {name: matrix.arrays[0] for name, matrix in matrices.items()}
-        narrow = {checkpoint.tensors[name].format for name, array in held.items() if array.dtype == mx.bfloat16}
-        wide = narrow & {"float16", "float32"}
-        notes += [f"{name} weights are rounded to bfloat16; dtype='float32' keeps them" for name in sorted(wide)]
-    if checkpoint.config.vision:
-        notes.append(TEXT_ONLY)
-    return tuple(notes), tuple(approximations)
 
 
 def to_mlx(array: np.ndarray) -> mx.array:
