@@ -13,6 +13,7 @@ from mlx_diffgemma.formats import Checkpoint
 from mlx_diffgemma.json_file import read_json
 
 from . import describe, manifest, plan, recipes
+from . import report as quality_report
 from .progress import shown
 from .run import convert
 from .show import report
@@ -43,6 +44,7 @@ def parser() -> Parser:
     parse.add_argument("--quiet", action="store_true", help="print nothing but mistakes")
     parse.add_argument("--show", action="store_true", help="print format, sizes, coverage and defaults of SOURCE")
     parse.add_argument("--verify", action="store_true", help="with --show: compare every file with the manifest")
+    quality_report.add_arguments(parse)
     return parse
 
 
@@ -68,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    quality_report.check(options)
+    if options.report is not None:
+        return quality_report.run(options)
     check(options)
     if options.upload and not options.out:
         return send(folder(options.source), options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,13 @@ import pytest
 
 from convert import plan
 from convert.command import main
-from convert.edges import Error, carries
+from convert.edges import Error, carries, convert, finite
 from convert.plan import Plan
 from convert.recipes import KEEP, RECIPES, parse_encoding, recipe
 from convert.targets import target
 from convert.writer import layout
 from mlx_diffgemma.formats import open_checkpoint
-from mlx_diffgemma.formats.encoding import encode
+from mlx_diffgemma.formats.encoding import DTYPES, Encoded, dense, encode
 from mlx_diffgemma.hub import DEMO
 from tests.convert.cases import contents, converted, run, same_numbers, source
 
@@ -146,8 +147,6 @@ def test_what_can_be_carried_over(source_text: str, target_text: str, expected: 
 
 
 def test_a_scale_of_one_changes_nothing():
-    from convert.edges import convert
-
     values = np.random.default_rng(0).standard_normal((4, 8, 32)).astype(np.float32)
     plain = encode(values, parse_encoding("nvfp4"))
     found, error = convert(plain, parse_encoding("nvfp4 global"))
@@ -159,3 +158,24 @@ def test_keeping_what_the_target_cannot_hold_is_said(capsys):
     text = capsys.readouterr().out
     assert "hf cannot hold affine 4-bit g64: 12 tensors" in text
     assert planned(converted("experts4"), "hf").recipe is KEEP
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_a_number_that_is_none_is_seen(dtype: str, bad: float):
+    values = np.full((3, 5), -6e4, np.float32).astype(DTYPES[dtype])
+    assert finite(values) and finite(values[:0])
+    values[1, 2] = bad
+    assert not finite(values)
+
+
+def test_a_large_tensor_is_measured_in_part_and_looked_at_as_a_whole():
+    values = np.random.default_rng(0).standard_normal((2, 1024, 1024), np.float32)
+    found, error = convert(Encoded(dense("float32"), values.shape, {"weight": values}), parse_encoding("mxfp4"))
+    exact = np.linalg.norm(found.decode() - values) / np.linalg.norm(values)
+    assert error and error.relative == pytest.approx(exact, rel=2e-3) and error.total < 0.3 * (values**2).sum()
+    for place in range(0, values.size, values.size // 16):
+        harmed = values.copy()
+        harmed.reshape(-1)[place] = np.nan
+        _, error = convert(Encoded(dense("float32"), values.shape, {"weight": harmed}), parse_encoding("affine 4 g64"))
+        assert error and not math.isfinite(error.lost)
