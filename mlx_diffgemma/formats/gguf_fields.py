@@ -25,13 +25,14 @@ def network_fields(config: ModelConfig) -> dict[str, Any]:
     text = config.text
     full, sliding = _layer(text, FULL), _layer(text, SLIDING)
     found: dict[str, Any] = {
+        "vocab_size": text.vocab_size,
         "block_count": text.num_hidden_layers,
         "context_length": text.max_position_embeddings,
         "embedding_length": text.hidden_size,
         "feed_forward_length": text.intermediate_size,
         "attention.head_count": text.num_attention_heads,
         "attention.head_count_kv": list(text.num_key_value_heads),
-        "attention.layer_norm_rms_epsilon": text.rms_norm_eps,
+        "attention.layer_norm_rms_epsilon": float(text.rms_norm_eps),
         "attention.sliding_window": text.sliding_window,
         "attention.sliding_window_pattern": [kind == SLIDING for kind in text.layer_types],
         "attention.shared_kv_layers": 0,
@@ -49,7 +50,7 @@ def network_fields(config: ModelConfig) -> dict[str, Any]:
             f"rope.dimension_count{suffix}": text.head_dims[layer],
         }
     if text.final_logit_softcapping is not None:
-        found["final_logit_softcapping"] = text.final_logit_softcapping
+        found["final_logit_softcapping"] = float(text.final_logit_softcapping)
     return found
 
 

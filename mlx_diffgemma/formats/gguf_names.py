@@ -7,10 +7,11 @@ or shifted but the vision tower's patch embedding, which is a convolution there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
 
 from ..config import ModelConfig
-from ..tensors import DECODER, encoder_scalar, layer_name, tensor_table
+from ..tensors import DECODER, ENCODER, layer_name, tensor_table
+from ..tensors import VISION as VISION_ROLES
 
 ARCHITECTURE = "diffusion-gemma"
 ARCHITECTURES = (ARCHITECTURE, "diffusion-gemma4", "diffusion_gemma", "diffusion_gemma4")
@@ -18,6 +19,7 @@ PROJECTOR, PROJECTOR_TYPE = "clip", "gemma4v"
 ROPE = "rope_freqs.weight"  # made from the config by whoever needs it
 ENCODER_SCALAR = "enc_layer_output_scale"
 PATCHES = "model.encoder.vision_tower.patch_embedder.input_proj.weight"
+POSITIONS = "model.encoder.vision_tower.patch_embedder.position_embedding_table"
 
 TEXT = {
     f"{DECODER}.embed_tokens.weight": "token_embd.weight",
@@ -62,7 +64,7 @@ OTHER_LAYER = {  # gate and up apart, as other architectures have them
 VISION = {
     "model.encoder.embed_vision.embedding_projection.weight": "mm.input_projection.weight",
     PATCHES: "v.patch_embd.weight",
-    "model.encoder.vision_tower.patch_embedder.position_embedding_table": "v.position_embd.weight",
+    POSITIONS: "v.position_embd.weight",
     "model.encoder.vision_tower.std_bias": "v.std_bias",
     "model.encoder.vision_tower.std_scale": "v.std_scale",
 }
@@ -83,21 +85,29 @@ VISION_LAYER = {
 }
 
 
+PLACES = (  # prefix of the canonical name, names behind it, prefix of GGUF's
+    (re.compile(rf"{re.escape(DECODER)}\.layers\.(\d+)\."), LAYER, "blk"),
+    (re.compile(rf"{re.escape(ENCODER)}\.layers\.(\d+)\."), {"layer_scalar": f"{ENCODER_SCALAR}.weight"}, "blk"),
+    (re.compile(r"model\.encoder\.vision_tower\.encoder\.layers\.(\d+)\."), VISION_LAYER, "v.blk"),
+)
+
+
+def gguf_name(canonical: str) -> str:
+    """What #24423 or an image projector calls a row of the tensor table."""
+    for pattern, names, prefix in PLACES:
+        if match := pattern.match(canonical):
+            return f"{prefix}.{match[1]}.{names[canonical[match.end() :]]}"
+    return (TEXT | VISION)[canonical]
+
+
 def text_names(config: ModelConfig) -> dict[str, str]:
     """Canonical name -> GGUF's, of every text tensor of the model."""
-    table = tensor_table(config)
-    return {canonical: name for canonical, name in (TEXT | dict(_layers(config))).items() if canonical in table}
+    return {name: gguf_name(name) for name, row in tensor_table(config).items() if row.role not in VISION_ROLES}
 
 
 def vision_names(config: ModelConfig) -> dict[str, str]:
     """The same for the vision tower and its projector; empty for a text model."""
-    if not config.vision:
-        return {}
-    found, table = dict(VISION), tensor_table(config)
-    for layer in range(config.vision.num_hidden_layers):
-        base = f"model.encoder.vision_tower.encoder.layers.{layer}"
-        found |= {f"{base}.{name}": f"v.blk.{layer}.{other}" for name, other in VISION_LAYER.items()}
-    return {canonical: name for canonical, name in found.items() if canonical in table}
+    return {name: gguf_name(name) for name, row in tensor_table(config).items() if row.role in VISION_ROLES}
 
 
 def readable_names(config: ModelConfig) -> dict[str, str]:
@@ -106,10 +116,3 @@ def readable_names(config: ModelConfig) -> dict[str, str]:
     for layer in range(config.text.num_hidden_layers):
         found |= {f"blk.{layer}.{name}": f"{layer_name(layer)}.{other}" for name, other in OTHER_LAYER.items()}
     return found
-
-
-def _layers(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    for layer in range(config.text.num_hidden_layers):
-        for name, other in LAYER.items():
-            yield f"{layer_name(layer)}.{name}", f"blk.{layer}.{other}"
-        yield encoder_scalar(layer), f"blk.{layer}.{ENCODER_SCALAR}.weight"

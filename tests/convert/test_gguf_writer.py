@@ -1,0 +1,449 @@
+"""GGUF files of our making, as the gguf package and our own reader see them; and back to where they came from."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import tempfile
+import tracemalloc
+from pathlib import Path
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from safetensors.numpy import load_file, save_file
+
+from convert import plan, recipes, writer
+from convert.gguf_target import GGUF
+from convert.gguf_tokenizer import tokenizer_pairs
+from convert.output import OutputError
+from convert.progress import Silent
+from mlx_diffgemma.errors import CheckpointError, OptionError, UserError
+from mlx_diffgemma.formats import Checkpoint, open_checkpoint
+from mlx_diffgemma.formats.encoding import Encoding, dense, grouped
+from mlx_diffgemma.formats.gguf_names import text_names, vision_names
+from mlx_diffgemma.hub import DEMO
+from mlx_diffgemma.tensors import VISION
+from tests.convert.cases import run, same_numbers
+from tests.formats import gguf_files as files
+from tests.formats.quantized import quantized
+
+Q8_0 = "[roles]\nembedding = 'affine 8 g32'\nattention = 'affine 8 g32'\nmlp = 'affine 8 g32'\n\
+experts = 'affine 8 g32'\nself_conditioning = 'affine 8 g32'\n"
+NORM, EMBEDDING = "model.decoder.norm.weight", "model.decoder.embed_tokens.weight"
+EXPERTS = "model.decoder.layers.3.experts.down_proj"
+
+
+@functools.cache
+def _home() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="gguf-writer-")
+
+
+def furnished(folder: Path) -> Path:
+    """With the demo's tokenizer."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO / name, folder / name)
+    return folder
+
+
+def source(dtype: str = "bfloat16") -> Path:
+    """The tiny checkpoint with rows of whole blocks, in one dtype."""
+    return _source(dtype)
+
+
+@functools.cache
+def _source(dtype: str) -> Path:
+    folder = furnished(files.beside(Path(_home().name) / f"source-{dtype}", files.source()))
+    arrays = {name: a.astype(getattr(ml_dtypes, dtype, dtype)) for name, a in files.tensors(files.source()).items()}
+    save_file(arrays, folder / "model.safetensors")
+    return folder
+
+
+def recipe(name: str) -> recipes.Recipe:
+    if name != "q8_0":
+        return recipes.recipe(None if name == "keep" else name)
+    path = Path(_home().name) / "q8_0.toml"
+    path.write_text(Q8_0)
+    return recipes.recipe(str(path))
+
+
+def write(folder: Path | Checkpoint, out: Path, name: str = "keep", *, text_only: bool = False) -> Path:
+    checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
+    target = GGUF()
+    target.write(checkpoint, plan.make(checkpoint, target, recipe(name), text_only=text_only), out, Silent())
+    return out
+
+
+def written(name: str, dtype: str = "bfloat16") -> Path:
+    return _written(name, dtype)
+
+
+@functools.cache
+def _written(name: str, dtype: str) -> Path:
+    return write(source(dtype), Path(_home().name) / f"{name}-{dtype}", name)
+
+
+def model_file(folder: Path) -> Path:
+    (found,) = (path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj"))
+    return found
+
+
+def projector_file(folder: Path) -> Path:
+    (found,) = folder.glob("mmproj*.gguf")
+    return found
+
+
+# There and back again.
+
+
+def test_bfloat16_there_and_back_is_the_same_file(tmp_path: Path):
+    back = run(written("keep"), tmp_path / "hf", "--to", "hf", "--recipe", "bf16")
+    one, other = (load_file(folder / "model.safetensors") for folder in (source(), back))
+    assert {n: (a.dtype, a.shape, a.tobytes()) for n, a in one.items()} == {
+        n: (a.dtype, a.shape, a.tobytes()) for n, a in other.items()
+    }
+    assert any("vision" in name for name in one)
+    assert set(json.loads((back / "conversion_manifest.json").read_text())["errors_by_role"].values()) <= {0.0}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dense_numbers_stay_what_they_are(dtype: str):
+    opened = open_checkpoint(written("keep", dtype))
+    same_numbers(source(dtype), written("keep", dtype), encodings=False)
+    assert str(opened.tensors[EXPERTS].encoding) == dtype and str(opened.tensors[NORM].encoding) == "float32"
+
+
+@pytest.mark.parametrize("kind", ["all mxfp4", "mxfp4"])
+def test_mxfp4_of_mlx_there_and_back_is_bit_exact(kind: str, tmp_path: Path):
+    start = shutil.copytree(quantized(kind), tmp_path / "start")
+    there = write(furnished(start), tmp_path / "gguf")
+    back = open_checkpoint(run(there, tmp_path / "mlx", "--to", "mlx"))
+    first, middle, compared = open_checkpoint(start), open_checkpoint(there), 0
+    for name, stored in first.tensors.items():
+        if stored.encoding.mode == "mxfp4":
+            compared += 1
+            for other in (middle, back):
+                a, b = stored.read(), other.encoded(name)
+                assert b.encoding.mode == "mxfp4" and a.parts.keys() == b.parts.keys()
+                assert all(a.parts[part].tobytes() == b.parts[part].tobytes() for part in a.parts), name
+    assert compared >= (12 if kind == "mxfp4" else 40)
+
+
+def test_q8_0_to_q8_0_is_bit_exact(tmp_path: Path):
+    again = write(written("q8_0"), tmp_path / "again")
+    for one, other in zip(gguf.GGUFReader(model_file(written("q8_0"))).tensors,
+                          gguf.GGUFReader(model_file(again)).tensors, strict=True):  # fmt: skip
+        assert (one.name, one.tensor_type) == (other.name, other.tensor_type)
+        assert np.array_equal(one.data.view(np.uint8), other.data.view(np.uint8)), one.name
+
+
+def test_q8_0_of_the_gguf_package_and_of_mlx(tmp_path: Path):
+    """A foreign Q8_0 file becomes MLX's affine format and Q8_0 again, and no code changes."""
+    folder = furnished(shutil.copytree(files.model("Q8_0").parent, tmp_path / "a"))
+    mlx = run(folder, tmp_path / "mlx", "--to", "mlx")
+    assert str(open_checkpoint(mlx).tensors[EXPERTS].encoding) == "affine 8-bit g32"
+    again = write(mlx, tmp_path / "again")
+    one, other = files.values(files.model("Q8_0")), files.values(model_file(again))
+    rows = {n: t.tensor_type for n, t in ((t.name, t) for t in gguf.GGUFReader(model_file(again)).tensors)}
+    assert rows["token_embd.weight"] == rows["blk.0.ffn_gate_up_exps.weight"] == Type.Q8_0
+    assert all(np.array_equal(one[name], other[name]) for name in one if name != "rope_freqs.weight")
+
+
+# What others make of it.
+
+
+@pytest.mark.parametrize("name", ["keep", "q8_0", "mxfp4", "w8"])
+def test_the_gguf_package_reads_the_same_numbers(name: str):
+    folder = written(name)
+    opened, expected = open_checkpoint(folder), files.values(model_file(folder), projector_file(folder))
+    names = text_names(opened.config) | vision_names(opened.config)
+    assert set(names.values()) | {"rope_freqs.weight"} == set(expected)
+    for canonical, array in ((n, opened.read(n).astype(np.float32)) for n in opened.table):
+        theirs = expected[names[canonical]]
+        if theirs.ndim == 4:
+            theirs = theirs.transpose(0, 2, 3, 1).reshape(array.shape)
+        assert np.array_equal(array, theirs), canonical
+
+
+def test_bfloat16_is_what_llama_cpps_way_of_writing_gives():
+    """Against the file that the gguf package alone makes: the same names, types and bytes; the same pairs."""
+    ours, theirs = gguf.GGUFReader(model_file(written("keep"))), gguf.GGUFReader(files.model("BF16"))
+    one, other = ({t.name: t for t in reader.tensors} for reader in (ours, theirs))
+    assert set(one) == set(other)
+    for name in set(one) - {"rope_freqs.weight"}:
+        assert one[name].tensor_type == other[name].tensor_type, name
+        assert one[name].shape.tolist() == other[name].shape.tolist(), name
+        if one[name].tensor_type == Type.BF16:
+            assert np.array_equal(one[name].data, other[name].data), name
+    for key, field in theirs.fields.items():
+        if not key.startswith(("tokenizer.", "GGUF.")):
+            assert ours.fields[key].types == field.types, key
+            assert ours.fields[key].contents() == field.contents(), key
+
+
+def test_the_projector_is_what_llama_cpps_way_of_writing_gives(tmp_path: Path):
+    path = files.write_projector(tmp_path / "mmproj.gguf", source_as_float32(), "BF16")
+    one, other = ({t.name: t for t in gguf.GGUFReader(p).tensors} for p in (projector_file(written("keep")), path))
+    assert set(one) == set(other)
+    for name, tensor in one.items():
+        assert tensor.shape.tolist() == other[name].shape.tolist(), name
+        ours, theirs = (gguf.dequantize(t.data, t.tensor_type) for t in (tensor, other[name]))
+        assert np.array_equal(ours.reshape(-1), theirs.reshape(-1)), name
+    assert one["v.patch_embd.weight"].tensor_type == one["v.position_embd.weight"].tensor_type == Type.F32
+    assert one["mm.input_projection.weight"].tensor_type == Type.BF16
+    pairs = gguf.GGUFReader(projector_file(written("keep"))).fields
+    assert pairs["clip.vision.projector_type"].contents() == gguf.VisionProjectorType.GEMMA4V
+    assert pairs["general.type"].contents() == gguf.GGUFType.MMPROJ
+
+
+def source_as_float32() -> Path:
+    folder = Path(_home().name) / "wide"
+    if not folder.is_dir():
+        files.beside(folder, files.source())
+        arrays = load_file(source() / "model.safetensors")
+        save_file({name: array.astype(np.float32) for name, array in arrays.items()}, folder / "model.safetensors")
+    return folder
+
+
+def test_the_rotary_frequencies():
+    """A quarter of the pairs of a full layer turn: 4 of 16."""
+    assert (
+        files.values(model_file(written("keep")))["rope_freqs.weight"].tolist() == [1.0] * 4 + [np.float32(1e30)] * 12
+    )
+
+
+def test_the_sampler_settings():
+    pairs = gguf.GGUFReader(model_file(written("keep"))).fields
+    settings = open_checkpoint(source()).generation
+    assert pairs["diffusion.eb_max_steps"].contents() == settings.max_denoising_steps
+    for key in ("t_min", "t_max", "entropy_bound", "confidence_threshold"):
+        assert pairs[f"diffusion.eb_{key}"].contents() == pytest.approx(getattr(settings, key))
+    assert pairs["diffusion.eb_stability_threshold"].contents() == 1
+
+
+def test_q8_0_within_its_bound():
+    """Half a step, and the rounding of the step to float16; as gguf quantizes."""
+    first, opened = open_checkpoint(source()), open_checkpoint(written("q8_0"))
+    blocks = [n for n, stored in opened.tensors.items() if stored.format == "Q8_0"]
+    assert len(blocks) == sum(len(r.shape) > 1 and r.role not in ("router", *VISION) for r in first.table.values())
+    for name in blocks:
+        values, found = first.read(name).astype(np.float32), opened.read(name)
+        largest = np.abs(values).reshape(-1, 32).max(-1)
+        error = np.abs(values - found).reshape(-1, 32).max(-1)
+        assert (error <= largest / 127 * (0.5 + 127 * 2**-11) + 1e-12).all(), name
+        assert np.array_equal(found, gguf.dequantize(gguf.quantize(values, Type.Q8_0), Type.Q8_0)), name
+    figures = json.loads((written("q8_0") / "conversion_manifest.json").read_text())
+    assert 0 < figures["errors_by_role"]["experts"] < 0.01
+
+
+# The folder and the file.
+
+
+def test_the_folder_holds_all_that_loading_needs():
+    folder = written("q8_0")
+    assert {path.name for path in folder.iterdir()} == {
+        "source-bfloat16-Q8_0.gguf",
+        "mmproj-source-bfloat16-BF16.gguf",
+        "config.json",
+        "conversion_manifest.json",
+        *(path.name for path in source().iterdir() if path.suffix != ".safetensors"),
+    }
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (folder / name).read_bytes() == (source() / name).read_bytes()
+    outputs = json.loads((folder / "conversion_manifest.json").read_text())["outputs"]
+    assert all(outputs[path.name]["bytes"] == path.stat().st_size for path in folder.glob("*.gguf"))
+
+
+def test_a_file_alone(tmp_path: Path):
+    write(source(), tmp_path / "model.gguf", "q8_0")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "mmproj-model.gguf"}
+    opened = open_checkpoint(tmp_path / "model.gguf", sidecars=source())
+    assert opened.config.vision and opened.quantized
+    write(source(), tmp_path / "text.gguf", text_only=True)
+    assert not (tmp_path / "mmproj-text.gguf").exists()
+    (tmp_path / "mmproj-model.gguf").unlink()
+    assert open_checkpoint(tmp_path / "text.gguf", sidecars=source()).config.vision is None
+    with pytest.raises(OptionError, match="is there already"):
+        write(source(), tmp_path / "text.gguf", text_only=True)
+
+
+def test_the_same_bytes_every_time(tmp_path: Path):
+    again = write(source(), tmp_path / "again", "q8_0")
+    assert model_file(again).read_bytes() == model_file(written("q8_0")).read_bytes()
+
+
+def test_the_planned_size_is_the_files(tmp_path: Path):
+    checkpoint = open_checkpoint(source())
+    planned = plan.make(checkpoint, GGUF(), recipe("q8_0"))
+    tensors = [t for path in written("q8_0").glob("*.gguf") for t in gguf.GGUFReader(path).tensors]
+    assert planned.nbytes == sum(int(t.n_bytes) for t in tensors if t.name != "rope_freqs.weight")
+
+
+def test_what_gguf_holds():
+    target, table = GGUF(), open_checkpoint(source()).table
+    q8_0, mxfp4 = grouped("affine", bits=8, group_size=32), grouped("mxfp4")
+    tower = "model.encoder.vision_tower.encoder.layers.0.mlp.up_proj.linear.weight"
+    for encoding in (q8_0, mxfp4):
+        assert target.holds(table[EMBEDDING], encoding) and target.holds(table[EXPERTS], encoding)
+        assert not target.holds(table[NORM], encoding) and not target.holds(table[tower], encoding)
+    for mode, bits, size in (("affine", 4, 32), ("affine", 8, 64), ("nvfp4", 0, 0), ("mxfp8", 0, 0)):
+        assert not target.holds(table[EMBEDDING], grouped(mode, bits=bits, group_size=size))
+    assert not target.holds(table[EMBEDDING], Encoding("fp8"))
+    assert all(target.holds(row, dense(dtype)) for row in table.values() for dtype in ("bfloat16", "float32"))
+
+
+def test_only_the_chunks_in_flight_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(writer, "CHUNK", 1 << 13)
+    checkpoint = open_checkpoint(source("float32"))
+    planned = plan.make(checkpoint, GGUF(), recipe("q8_0"))
+    tracemalloc.start()
+    GGUF().write(checkpoint, planned, tmp_path / "a.gguf", Silent())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < checkpoint.nbytes / 4, f"{peak:,} of {checkpoint.nbytes:,}"
+
+
+# What goes wrong leaves nothing.
+
+
+def refused(kind: type[Exception], folder: Path | Checkpoint, out: Path, *parts: str) -> None:
+    before = set(out.parent.iterdir())
+    with pytest.raises(kind) as error:
+        write(folder, out, "q8_0")
+    message = str(error.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+    left = {path for path in out.rglob("*")} if out.is_dir() else set(out.parent.iterdir()) - before
+    assert not left, left
+
+
+@pytest.mark.parametrize("name", ["out", "out.gguf"])
+def test_numbers_that_are_none(name: str, tmp_path: Path):
+    folder = shutil.copytree(source(), tmp_path / "source")
+    arrays = {n: a.copy() for n, a in load_file(folder / "model.safetensors").items()}
+    arrays[EXPERTS][3, 5, 7] = np.nan
+    save_file(arrays, folder / "model.safetensors")
+    refused(CheckpointError, folder, tmp_path / name, EXPERTS, "NaN")
+
+
+@pytest.mark.parametrize("name", ["out", "out.gguf"])
+def test_a_full_disk(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from convert import gguf_writer
+
+    def full(*args) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf_writer.os, "pwrite", full)
+    refused(OutputError, source(), tmp_path / name, "No space left on device")
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path):
+    class Impatient:
+        def advance(self, read: int) -> None:
+            raise KeyboardInterrupt
+
+    checkpoint = open_checkpoint(source())
+    with pytest.raises(KeyboardInterrupt):
+        GGUF().write(checkpoint, plan.make(checkpoint, GGUF(), recipe("keep")), tmp_path / "a.gguf", Impatient())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_source_itself_and_a_folder_in_use(tmp_path: Path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thing").write_text("")
+    for out in (source(), tmp_path / "used"):
+        with pytest.raises(OptionError, match="--out"):
+            write(source(), out)
+    assert (tmp_path / "used" / "thing").exists()
+
+
+# The tokenizer.
+
+VOCAB = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<0x0A>", "a", "b", "ab", "▁", "\n", "x y", "\n\n", "<turn|>"]
+VOCAB += ["<|channel>", "<table>", "</s>"]
+ADDED = {"<pad>", "<eos>", "<bos>", "<unk>", "<mask>"}
+
+
+def tokenizer(folder: Path, **changes) -> Path:
+    data = {
+        "added_tokens": [
+            {"id": i, "content": text, "special": text in ADDED}
+            for i, text in enumerate(VOCAB)
+            if text in ADDED or (text.startswith("<") and len(text) > 4 and text != "<0x0A>")
+        ],
+        "model": {
+            "type": "BPE",
+            "byte_fallback": True,
+            "vocab": {text: i for i, text in enumerate(VOCAB)},
+            "merges": [["a", "b"], ["x ", "y"], ["\n", "\n"]],
+        },
+    }
+    data |= changes
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"bos_token": "<bos>", "eos_token": {"content": "<turn|>"}, "pad_token": "<pad>", "unk_token": "<unk>"}
+        )
+    )
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def test_tokens_and_their_types(tmp_path: Path):
+    pairs = tokenizer_pairs(tokenizer(tmp_path), len(VOCAB) + 2)
+    tokens, types = pairs["tokenizer.ggml.tokens"], pairs["tokenizer.ggml.token_type"]
+    assert tokens == [*VOCAB, f"[PAD{len(VOCAB)}]", f"[PAD{len(VOCAB) + 1}]"]
+    kinds = {text: gguf.TokenType(kind).name for text, kind in zip(tokens, types, strict=True)}
+    control = {text for text, kind in kinds.items() if kind == "CONTROL"}
+    assert control == {*ADDED, "<turn|>", "<|channel>", "</s>"}
+    assert kinds["<0x0A>"] == "BYTE" and kinds["a"] == kinds["<table>"] == kinds["\n\n"] == "NORMAL"
+    assert kinds[tokens[-1]] == "UNUSED"
+    assert pairs["tokenizer.ggml.scores"] == [-1000.0] * len(tokens)
+
+
+def test_merges_special_ids_and_template_are_what_gguf_finds(tmp_path: Path):
+    pairs, theirs = tokenizer_pairs(tokenizer(tmp_path), 512), gguf.SpecialVocab(tmp_path, load_merges=True)
+    assert pairs["tokenizer.ggml.merges"] == theirs.merges and theirs.merges[1] == "xĠ y"
+    assert pairs["tokenizer.chat_template"] == theirs.chat_template == "{{ messages }}"
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    assert {n: pairs[f"tokenizer.ggml.{key}_token_id"] for n, key in keys.items()} == theirs.special_token_ids
+    assert pairs["tokenizer.ggml.mask_token_id"] == 4
+
+
+def test_merges_of_the_old_form_and_templates_elsewhere(tmp_path: Path):
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}
+    folder = tokenizer(tmp_path, model=model, added_tokens=None)
+    assert tokenizer_pairs(folder, 2)["tokenizer.ggml.merges"] == ["a b"]
+    (folder / "chat_template.jinja").unlink()
+    assert "tokenizer.chat_template" not in tokenizer_pairs(folder, 2)
+    (folder / "chat_template.json").write_text('{"chat_template": "old"}')
+    assert tokenizer_pairs(folder, 2)["tokenizer.chat_template"] == "old"
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"model": {}}, "no byte-pair vocabulary"),
+        ({"model": None}, "no byte-pair vocabulary"),
+        ({"model": {"type": "Unigram", "vocab": [["a", -1.0]]}}, "no byte-pair vocabulary"),
+        ({"model": {"vocab": {"a": "0"}}}, "no byte-pair vocabulary"),
+        ({"added_tokens": [{"content": "a"}]}, "added_tokens"),
+        ({"added_tokens": {"a": 1}}, "added_tokens"),
+        ({"added_tokens": [{"content": "far", "id": 512}]}, "'far' has id 512, the model has 512"),
+        ({"added_tokens": [{"content": "far", "id": -1}]}, "has id -1"),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_gguf_cannot_hold(changes: dict, part: str, tmp_path: Path):
+    with pytest.raises(UserError, match=part) as error:
+        tokenizer_pairs(tokenizer(tmp_path, **changes), 512)
+    assert "\n" not in str(error.value)
+
+
+def test_no_tokenizer_at_all(tmp_path: Path):
+    folder = shutil.copytree(source(), tmp_path / "source")
+    (folder / "tokenizer.json").unlink()
+    refused(FileNotFoundError, folder, tmp_path / "out.gguf", "tokenizer.json")
