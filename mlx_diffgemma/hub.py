@@ -16,10 +16,9 @@ from .config import ModelConfig
 from .errors import CheckpointError
 from .formats import gguf_model
 from .json_file import read_json
-from .tensors import stored_bytes
 
 DEMO = Path(__file__).parent / "demo_checkpoint"
-INDEX = "model.safetensors.index.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED, FOLDERS = ["*.json", "*.jinja", "*.model", "*.safetensors"], ["*/*"]  # a checkpoint is flat
 
@@ -65,12 +64,19 @@ def _download(name: str, fits: Callable[[ModelConfig, int], None], revision: str
     def fetch(file: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(name, file, revision=revision))
 
+    def single() -> int:
+        """Bytes of a checkpoint in one file, from the cache or from the hub's list of files."""
+        cached = huggingface_hub.try_to_load_from_cache(name, SINGLE, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached).stat().st_size
+        return huggingface_hub.hf_hub_download(name, SINGLE, revision=revision, dry_run=True).file_size or 0
+
     try:
         config = ModelConfig.from_dict(read_json(fetch("config.json")))
         try:
             total = _total(fetch(INDEX))
         except errors.EntryNotFoundError:
-            total = stored_bytes(config)  # a single file has no index
+            total = single()  # which has no index
         fits(config, total)
         return Path(
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=WANTED, ignore_patterns=FOLDERS)
@@ -92,7 +98,9 @@ def _download(name: str, fits: Callable[[ModelConfig, int], None], revision: str
             f"{name!r} is no folder here and not whole in the local cache, and {offline}; download it once online"
         ) from error
     except errors.EntryNotFoundError as error:
-        raise FileNotFoundError(f"{name!r} on the hub has no config.json; it is no checkpoint") from error
+        raise FileNotFoundError(
+            f"{name!r} on the hub has no config.json, or no {SINGLE} and no index; it is no checkpoint"
+        ) from error
     except (errors.HTTPError, OSError) as error:  # refused, cut off for good, or the disk is full
         raise FileNotFoundError(f"{name!r} could not be downloaded ({_first_line(error)}); try again") from error
 

@@ -53,11 +53,6 @@ def item_bytes(config: ModelConfig) -> int:
     return 4 if config.dtype == "float32" else 2
 
 
-def stored_bytes(config: ModelConfig) -> int:
-    """Bytes of all tensors in the config's dtype."""
-    return item_bytes(config) * sum(row.size for row in _rows(config))
-
-
 def _rows(config: ModelConfig) -> Iterator[Tensor]:
     text = config.text
     head = (f"{ENCODER}.embed_tokens.weight", "lm_head.weight")

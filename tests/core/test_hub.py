@@ -36,6 +36,13 @@ for name in names:
     except Exception as error:
         print(json.dumps({"error": str(error), "type": type(error).__name__}))
 """
+SIZES = """
+import sys
+from mlx_diffgemma import hub
+def fits(config, stored):
+    raise SystemExit(stored)
+hub.resolve(sys.argv[1], fits)
+"""
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
@@ -78,14 +85,17 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 def child(hub: FakeHub, cache: Path, *names: str, offline: bool = False, memory: int = 0) -> list[dict[str, Any]]:
     """What each name led to; ``hub.log`` starts afresh."""
     hub.log.clear()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+    command, environment = [sys.executable, "-c", CHILD, str(memory), *names], surroundings(hub, cache)
     environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
-    command = [sys.executable, "-c", CHILD, str(memory), *names]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def surroundings(hub: FakeHub, cache: Path) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    return environment | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
 
 
 def refused(outcome: dict[str, Any], *parts: str, kind: str = "FileNotFoundError") -> None:
@@ -138,7 +148,19 @@ def test_what_cannot_fit_is_refused_before_its_weights_are_asked_for(hub: FakeHu
     hub.repos["org/demo"] = plain(tmp_path / "demo")
     (small,) = child(hub, tmp_path / "cache", "org/demo", memory=1_000_000)
     refused(small, "smaller checkpoint", kind="MemoryBudgetError")
-    assert not [path for _, path, _ in hub.log if path.endswith(".safetensors")]
+    assert hub.downloads(".safetensors") == []
+
+
+def test_one_file_without_an_index_is_as_large_as_it_is(hub: FakeHub, tmp_path: Path):
+    """RedHatAI's FP8 is one file of 27 GB; by its config alone it would be taken for the 52 GB of bfloat16."""
+    folder = huge(tmp_path / "fp8")
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model-00001-of-00011.safetensors").rename(folder / "model.safetensors")
+    hub.repos["org/fp8"] = folder
+    command = [sys.executable, "-c", SIZES, "org/fp8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=surroundings(hub, tmp_path / "c"))
+    assert done.stderr.strip() == "" and done.returncode == len(b"never fetched")
+    assert hub.downloads() == ["config.json"]
 
 
 def test_a_cut_connection_goes_on_where_it_broke(hub: FakeHub, tmp_path: Path):
