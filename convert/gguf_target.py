@@ -153,7 +153,7 @@ def _write_folder(plan: Plan, out: Path, progress: Progress) -> None:
     config = json_bytes(plan.target.config(source_config(plan), plan.encodings))
     out.mkdir(parents=True, exist_ok=True)
     with claimed(out), Background("inputs") as reading:
-        inputs = reading.hashes(plan.checkpoint.files)
+        inputs = reading.pool.submit(lambda: {p.name: facts(p, reading.stop) for p in plan.checkpoint.files})
         text, vision = parted(plan)
         path, aside = (out / f"{origin_name(plan)}-{main_kind(items or text)}.gguf" for items in (text, vision))
         paths, errors = write_files(plan, path, progress, aside.with_name(f"mmproj-{aside.name}"))

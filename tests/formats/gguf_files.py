@@ -19,12 +19,13 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from safetensors.numpy import load_file, save_file
 
-from tests.tiny import checkpoint
+from tests.tiny import FULL, SLIDING, checkpoint
 
 ARCH = "diffusion-gemma"
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 64}  # rows are whole blocks of 32
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256}  # and of 256
 WIDE |= {"head_dim": 64, "global_head_dim": 128}
+WIDE |= {"num_hidden_layers": 3, "layer_types": (SLIDING, SLIDING, FULL)}  # few, so that rounding grows little
 FLAT = ("F32", "F16", "BF16")
 BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4")
 MIXED = ("Q4_K_M", "Q6_K", "IQ4_XS")
@@ -42,9 +43,9 @@ def _home() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="gguf-")
 
 
-def source(wide: bool = False, calm: bool = False) -> Path:
+def source(wide: bool = False) -> Path:
     """The checkpoint that the files are made from: float32, Hugging Face's layout."""
-    return checkpoint(shape=tuple((WIDE if wide else SHAPE).items()), calm=calm)
+    return checkpoint(shape=tuple((WIDE if wide else SHAPE).items()))
 
 
 def tensors(folder: Path) -> Arrays:
@@ -134,14 +135,20 @@ HALVES = {Type.Q2_K: [80, 82], Type.Q3_K: [108], Type.Q4_K: [0, 2], Type.Q5_K: [
 def random_blocks(shape: tuple[int, ...], kind: Type, deviation: float, rng: np.random.Generator) -> np.ndarray:
     """Blocks of random codes, uint8 [..., row bytes], whose values have about this standard deviation.
 
-    Only the float16 scales, at ``HALVES`` or the beginning of each block, are not left to chance.
+    Only the float16 scales, at ``HALVES`` or the beginning of each block, are not left to chance. In Q4_K the scale of
+    the minima is 7.5 times the other and each minimum is its group's scale, so that the mean is zero: weights with
+    another mean add up and make a network in which every rounding grows.
     """
     block, size = gguf.GGML_QUANT_SIZES[kind]
     raw = rng.integers(0, 256, (*shape[:-1], shape[-1] // block, size), np.uint8)
+    if kind == Type.Q4_K:  # 8 scales and 8 minima of 6 bits: bytes 4 to 16, as get_scale_min_k4 has them
+        raw[..., 8:12] = raw[..., 4:8]
+        raw[..., 12:16] = (raw[..., 12:16] & 15) * 17
 
     def scale(values: np.ndarray) -> None:
         for at in HALVES.get(kind, [0]):
-            raw[..., at : at + 2] = values.astype(np.float16)[..., None].view(np.uint8)
+            factor = 7.5 if kind == Type.Q4_K and at == 2 else 1
+            raw[..., at : at + 2] = (factor * values).astype(np.float16)[..., None].view(np.uint8)
 
     scale(np.ones(raw.shape[:-1]))
     unit = float(gguf.dequantize(raw.reshape(*shape[:-1], -1), kind).std())
@@ -230,11 +237,10 @@ def beside(folder: Path, dense: Path) -> Path:
 
 
 @functools.cache
-def model(kind: str, calm: bool = False) -> Path:
+def model(kind: str) -> Path:
     """The .gguf file of one kind, in a folder with its sidecars, written once per process."""
-    dense = source(kind in MIXED, calm)
-    folder = beside(Path(_home().name) / f"{kind}-{calm}", dense)
-    return write(folder / f"tiny-{kind}.gguf", kind, dense)
+    dense = source(kind in MIXED)
+    return write(beside(Path(_home().name) / kind, dense) / f"tiny-{kind}.gguf", kind, dense)
 
 
 def values(*paths: Path) -> Arrays:
@@ -253,6 +259,12 @@ def dequantized(path: Path, folder: Path, dense: Path) -> Path:
     read, original = values(path), tensors(dense)
     save_file({n: a if is_vision(n) else read[text_name(n)] for n, a in original.items()}, folder / "model.safetensors")
     return folder
+
+
+@functools.cache
+def plain(kind: str) -> Path:
+    """The folder of what ``model(kind)`` stands for, as a plain checkpoint."""
+    return dequantized(model(kind), Path(_home().name) / f"plain-{kind}", source(kind in MIXED))
 
 
 def bfloat16(array: np.ndarray) -> np.ndarray:
