@@ -14,8 +14,9 @@ from mlx_diffgemma.json_file import read_json
 
 from . import describe, manifest, plan, recipes
 from . import report as quality_report
+from .output import JOURNAL
 from .progress import shown
-from .run import convert
+from .run import convert, to_read
 from .show import report
 from .source import open_source
 from .targets import CONTAINERS, TARGETS, target
@@ -64,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return hush()
     except KeyboardInterrupt:
-        again = "; the same command with --resume continues" if options.out else ""
+        begun = options.out and (folder(options.out) / JOURNAL).exists()
+        again = "; what is finished is kept, the same command with --resume continues" if begun else ""
         print(f"{PROG}: interrupted{again}", file=sys.stderr)
         return INTERRUPTED
 
@@ -78,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         return send(folder(options.source), options)
     kind, recipe = target(options.to), recipes.recipe(options.recipe)
     aside = folder(options.sidecars_from) if options.sidecars_from else None
-    checkpoint = open_source(options.source, options.revision, aside)
+    checkpoint = open_source(options.source, options.revision, aside, headers=options.dry_run or options.show)
     if options.show:
         print(report(checkpoint, verified(checkpoint) if options.verify else None))
         return 0
@@ -91,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
             CONTAINERS[options.to].write(checkpoint, planned, folder(options.out), progress)
         return 0
     say(options, *describe.remarks(planned))
-    with shown(planned.source_bytes, options.quiet) as progress:
+    with shown(to_read(planned), options.quiet) as progress:
         done = convert(planned, folder(options.out), progress, resume=options.resume, sidecars_from=aside)
     if not options.quiet:
         print(describe.summary(done))

@@ -21,8 +21,8 @@ def dry_run(plan: Plan) -> str:
 def summary(done: Done) -> str:
     """The end of a conversion: one table, then what deserves a word."""
     lines = [*_roles(done.plan, done.errors), "", *_totals(done.plan)]
-    rate = done.plan.checkpoint.nbytes / done.seconds
-    lines += [f"time   {clock(done.seconds)} ({readable(rate)} read per second)", f"folder {done.folder}"]
+    rate = done.plan.source_bytes / done.seconds
+    lines += [f"time   {clock(done.seconds)}, {readable(rate)} converted per second", f"folder {done.folder}"]
     if done.absent:
         lines.append(f"note: neither source nor --sidecars-from has {', '.join(done.absent)}")
     return "\n".join(lines)

@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
+from .container import Progress
+
 BUFFER = 1 << 20
 
 
@@ -15,13 +17,15 @@ class Stopped(Exception):
     """The conversion ended before the file did."""
 
 
-def sha256(path: Path, stop: Event | None = None) -> str:
+def sha256(path: Path, stop: Event | None = None, progress: Progress | None = None) -> str:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             if stop and stop.is_set():
                 raise Stopped
             digest.update(buffer[:count])
+            if progress:
+                progress.advance(count)
     return digest.hexdigest()
 
 
@@ -40,12 +44,14 @@ class Background:
             self.stop.set()
         self.pool.shutdown(wait=True, cancel_futures=not self.patient)
 
-    def hashes(self, paths: Iterable[Path]) -> Future[dict[str, dict[str, int | str]]]:
+    def hashes(
+        self, paths: Iterable[Path], progress: Progress | None = None
+    ) -> Future[dict[str, dict[str, int | str]]]:
         """Name -> bytes and sha256, of all files, one after the other."""
         paths = list(paths)
-        return self.pool.submit(lambda: {path.name: facts(path, self.stop) for path in paths})
+        return self.pool.submit(lambda: {path.name: facts(path, self.stop, progress) for path in paths})
 
 
-def facts(path: Path, stop: Event | None = None) -> dict[str, int | str]:
+def facts(path: Path, stop: Event | None = None, progress: Progress | None = None) -> dict[str, int | str]:
     """What a manifest says of a file."""
-    return {"bytes": path.stat().st_size, "sha256": sha256(path, stop)}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path, stop, progress)}

@@ -87,7 +87,7 @@ def _fill(
 ) -> Errors:
     """Everything but the last step: the config still has a name that no loader looks for."""
     with Background("inputs") as reading, Background("outputs", patient=True) as finishing:
-        inputs = reading.hashes(plan.checkpoint.files)
+        inputs = reading.hashes(plan.checkpoint.files, progress)
         _write(plan, left, out, journal, progress, finishing)
         put(out / INDEX, json_bytes(index(plan)))
         sidecars.copy(beside, out)
@@ -100,6 +100,11 @@ def _fill(
         put(out / manifest.MANIFEST, json_bytes(manifest.build(plan, errors, inputs.result(), outputs)))
     sync(out)
     return errors
+
+
+def to_read(plan: Plan) -> int:
+    """Bytes: every tensor to convert it, every file to hash it."""
+    return plan.source_bytes + sum(path.stat().st_size for path in plan.checkpoint.files)
 
 
 def source_config(plan: Plan) -> Mapping[str, Any]:

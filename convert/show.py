@@ -92,7 +92,9 @@ def _odd(checkpoint: Checkpoint) -> Iterator[str]:
     """What is unusual but no mistake."""
     folder = checkpoint.folder
     missing = sidecars.absent(sidecars.find(folder), checkpoint.config.vision is None)
-    if missing:
+    if not checkpoint.files[0].exists():
+        yield "on the hub: only the headers have been read"
+    elif missing:
         yield f"not in the folder: {', '.join(missing)}"
     unfinished = sorted(path.name for path in folder.glob(f"*{PART}"))
     if (folder / JOURNAL).exists() or unfinished:

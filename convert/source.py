@@ -7,11 +7,19 @@ from pathlib import Path
 from mlx_diffgemma import hub
 from mlx_diffgemma.formats import Checkpoint, open_checkpoint
 
+from .headers import is_remote, open_headers
 
-def open_source(name: str, revision: str | None = None, sidecars: Path | None = None) -> Checkpoint:
+
+def open_source(
+    name: str, revision: str | None = None, sidecars: Path | None = None, *, headers: bool = False
+) -> Checkpoint:
     """Download it if need be, and check it. No weight is read, and it need not fit into memory.
 
-    ``sidecars``: the folder of config.json and tokenizer of a .gguf file, where they are not beside it.
+    Args:
+        name: as the user gives it.
+        revision: of a hub repository.
+        sidecars: the folder of config.json and tokenizer of a .gguf file, where they are not beside it.
+        headers: whether they are enough: a model on the hub is then not downloaded.
 
     Raises:
         FileNotFoundError: there is no such thing.
@@ -19,4 +27,6 @@ def open_source(name: str, revision: str | None = None, sidecars: Path | None = 
     """
     if name.endswith(".gguf"):
         return open_checkpoint(Path(name).expanduser(), sidecars)
+    if headers and is_remote(name):
+        return open_headers(name, revision)
     return open_checkpoint(hub.resolve(name, lambda config, size: None, revision))
