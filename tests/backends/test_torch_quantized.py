@@ -221,7 +221,7 @@ def decided(kind: str, conditioned: bool) -> tuple[Question, np.ndarray]:
 def test_logits_equal_the_reference(kind, conditioned, record):
     asked, expected = decided(kind, conditioned)
     difference = float(np.abs(asked.answer(torch_model(kind)) - expected).max())
-    record(case=f"torch, {kind}, {'conditioned' if conditioned else 'first'}", difference=difference)
+    record(format=kind, model="cpu", difference=difference)
     assert np.abs(expected).max() > 5, "the logits are too small to mean anything"
     assert difference <= CLOSE
 

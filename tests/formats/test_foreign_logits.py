@@ -32,5 +32,5 @@ def test_logits_and_experts_are_the_formulas(kind: str, backend: str, record):
             previous = expected["logits"] / np.float32(0.7)
         for m, cache in ((model, ours), (judge, theirs)):
             m.encode(canvas, cache)
-    record(model=backend, case=kind, difference=worst)
+    record(format=kind, model=backend, difference=worst)
     assert worst < TOLERANCE and np.abs(expected["logits"]).max() > 5

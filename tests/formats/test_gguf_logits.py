@@ -33,5 +33,5 @@ def test_logits_and_experts_are_those_of_the_dequantized_model(kind: str, backen
             previous = expected["logits"] / np.float32(0.7)
         for m, cache in ((model, ours), (judge, theirs)):
             m.encode(canvas, cache)
-    record(model=backend, case=f"GGUF {kind}", difference=worst)
+    record(format=f"GGUF {kind}", model=backend, difference=worst)
     assert worst < TOLERANCE and np.abs(expected["logits"]).max() > 3

@@ -7,30 +7,41 @@ from collections import defaultdict
 from pathlib import Path
 
 REPORT = Path(__file__).parents[2] / "build" / "parity"
-MODELS = ("reference", "mlx", "cpu")
+TABLES = {  # the key of a case, what it is compared with, and by whom
+    "case": ("max |difference| of logits to transformers, fp32", ("reference", "mlx", "cpu")),
+    "format": (
+        "and of quantized checkpoints, to their dequantized weights",
+        ("reference", "mlx", "cpu", "mlx-vlm"),
+    ),
+}
 
 
 def entries() -> list[dict]:
     return [json.loads(line) for file in sorted(REPORT.glob("*.jsonl")) for line in file.read_text().splitlines()]
 
 
-def main() -> None:
+def table(found: list[dict], key: str, models: tuple[str, ...]) -> str:
+    """One line per case, the worst of each at the end; a case that was recorded more than once counts as its worst."""
     cases: dict[str, dict[str, float]] = defaultdict(dict)
-    others = []
-    for entry in entries():
-        if "difference" in entry:
-            cases[entry["case"]][entry["model"]] = entry["difference"]
-        else:
-            others.append(entry)
-    print("max |difference| to transformers, fp32")
-    print(f"{'case':44}" + "".join(f"{model:>11}" for model in MODELS))
-    for case, row in cases.items():
-        print(f"{case:44}" + "".join(f"{row.get(model, float('nan')):11.1e}" for model in MODELS))
-    worst = [max((row[model] for row in cases.values() if model in row), default=0.0) for model in MODELS]
-    print(f"{'worst':44}" + "".join(f"{value:11.1e}" for value in worst))
-    for entry in others:
-        name = entry.pop("test")
-        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in entry.items()))
+    for entry in found:
+        row, model = cases[entry[key]], entry.get("model", "")
+        row[model] = max(row.get(model, 0.0), entry["difference"])
+    worst = {model: max((row[model] for row in cases.values() if model in row), default=0.0) for model in models}
+    lines = [f"{'':44}" + "".join(f"{model:>11}" for model in models)]
+    for case, row in [*cases.items(), ("worst", worst)]:
+        lines.append(f"{case:44}" + "".join(f"{row[m]:11.1e}" if m in row else f"{'':11}" for m in models))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    found = entries()
+    for key, (title, models) in TABLES.items():
+        print(title)
+        print(table([entry for entry in found if key in entry and "difference" in entry], key, models))
+    for entry in found:
+        if "difference" not in entry:
+            name = entry.pop("test")
+            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in entry.items()))
 
 
 if __name__ == "__main__":

@@ -101,14 +101,14 @@ def compare(folder: Path, backend: str) -> float:
 @pytest.mark.parametrize("backend", ["reference", "mlx", "cpu"])
 def test_what_mlx_vlm_writes_runs_here(mode: str, backend: str, record):
     worst = compare(theirs(mode), backend)
-    record(format=f"mlx-vlm {mode}", backend=backend, logits=worst)
+    record(format=f"written by mlx-vlm, {mode}", model=backend, difference=worst)
     assert worst < 1e-3
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_we_write_runs_in_mlx_vlm(recipe: str, record):
     worst = compare(ours(recipe), "reference")
-    record(format=f"ours {recipe}", backend="mlx-vlm", logits=worst)
+    record(format=f"written by us, {recipe}", model="mlx-vlm", difference=worst)
     assert worst < 1e-3
 
 
@@ -120,7 +120,7 @@ def test_what_we_repack_for_mlx_runs_in_mlx_vlm(kind: str, record):
     left, right = open_checkpoint(foreign(kind)), open_checkpoint(folder)
     assert all(np.array_equal(left.read(name), right.read(name)) for name in left.table)
     worst = compare(folder, "reference")
-    record(format=f"ours {kind} -> mlx", backend="mlx-vlm", logits=worst)
+    record(format=f"written by us from {kind}", model="mlx-vlm", difference=worst)
     assert worst < 1e-3
 
 
