@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,16 +89,19 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(describe.dry_run(planned))
         return 0
-    if options.to in CONTAINERS:
-        with shown(planned.source_bytes, options.quiet) as progress:
-            CONTAINERS[options.to].write(checkpoint, planned, folder(options.out), progress)
-        return 0
     say(options, *describe.remarks(planned))
-    with shown(to_read(planned), options.quiet) as progress:
-        done = convert(planned, folder(options.out), progress, resume=options.resume, sidecars_from=aside)
-    if not options.quiet:
-        print(describe.summary(done))
-    return send(done.folder, options) if options.upload else 0
+    out = folder(options.out)
+    print_end = (lambda text: None) if options.quiet else print
+    if options.to in CONTAINERS:
+        started = time.perf_counter()
+        with shown(planned.source_bytes, options.quiet) as progress:
+            CONTAINERS[options.to].write(checkpoint, planned, out, progress)
+        print_end(describe.written(planned, out, time.perf_counter() - started))
+    else:
+        with shown(to_read(planned), options.quiet) as progress:
+            done = convert(planned, out, progress, resume=options.resume, sidecars_from=aside)
+        print_end(describe.summary(done))
+    return send(out, options) if options.upload else 0
 
 
 def check(options: argparse.Namespace) -> None:
@@ -108,6 +112,11 @@ def check(options: argparse.Namespace) -> None:
         raise OptionError("--verify belongs to --show")
     if options.upload:
         check_name(options.upload)
+    if options.to in CONTAINERS and (
+        options.resume or (options.sidecars_from and not options.source.endswith(".gguf"))
+    ):
+        what = "--resume" if options.resume else "--sidecars-from"
+        raise OptionError(f"{what} is not for --to {options.to}, which is written in one go from what SOURCE holds")
     if options.resume and not options.out:
         raise OptionError("--resume needs --out, the folder of the interrupted conversion")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 from .edges import Error
 from .plan import Item, Plan
@@ -21,11 +22,20 @@ def dry_run(plan: Plan) -> str:
 def summary(done: Done) -> str:
     """The end of a conversion: one table, then what deserves a word."""
     lines = [*_roles(done.plan, done.errors), "", *_totals(done.plan)]
-    rate = done.plan.source_bytes / done.seconds
-    lines += [f"time   {clock(done.seconds)}, {readable(rate)} converted per second", f"folder {done.folder}"]
+    lines += _end(done.plan, done.folder, done.seconds)
     if done.absent:
         lines.append(f"note: neither source nor --sidecars-from has {', '.join(done.absent)}")
     return "\n".join(lines)
+
+
+def written(plan: Plan, path: Path, seconds: float) -> str:
+    """The end of a conversion by a container, which keeps its figures to itself."""
+    return "\n".join([*_roles(plan), "", *_totals(plan), *_end(plan, path, seconds)])
+
+
+def _end(plan: Plan, path: Path, seconds: float) -> list[str]:
+    rate = readable(plan.source_bytes / seconds)
+    return [f"time   {clock(seconds)}, {rate} converted per second", f"{'file' if path.suffix else 'folder':<6} {path}"]
 
 
 def remarks(plan: Plan) -> Iterator[str]:
@@ -33,6 +43,8 @@ def remarks(plan: Plan) -> Iterator[str]:
     twice = plan.of("requantize")
     if twice:
         yield f"warning: quantized twice, which costs quality: {_some(twice)}; convert from the bfloat16 checkpoint"
+    if plan.text_only and plan.target.name == "hf":
+        yield "note: transformers cannot do without a vision tower: it makes a random one and says so; text is unharmed"
     notes: dict[tuple[str, str], list[Item]] = defaultdict(list)
     for item in plan.items:
         if item.note:
@@ -87,9 +99,9 @@ def _error(items: list[Item], errors: Errors) -> str:
 
 def _totals(plan: Plan) -> list[str]:
     text = "" if plan.text_only else f", {plan.bits(text=True):.2f} without the vision tower"
-    files = f"{len(plan.shards)} file{'s' if len(plan.shards) > 1 else ''}"
+    files = f" in {len(plan.shards)} files" if len(plan.shards) > 1 else ""
     return [
         f"from   {plan.checkpoint.format}, {readable(plan.checkpoint.nbytes)}",
-        f"to     {plan.target.name}, recipe {plan.recipe.name}: {readable(plan.nbytes)} in {files}",
+        f"to     {plan.target.name}, recipe {plan.recipe.name}: {readable(plan.nbytes)}{files}",
         f"bits   {plan.bits():.2f} per weight{text}",
     ]

@@ -173,11 +173,17 @@ def _fitted(row: Tensor, target: Target, wanted: Encoding) -> Choice:
         return Choice(dense())
     for encoding in _smaller_groups(wanted):
         if encoding.fits(row.shape) and target.holds(row, encoding):
-            note = f"rows of {row.shape[-1]} do not divide by {wanted.group_size}" if encoding != wanted else ""
-            return Choice(encoding, note)
+            if encoding == wanted:
+                return Choice(encoding)
+            whole = f"{target.name} has no groups of {wanted.group_size}"
+            return Choice(encoding, whole if wanted.fits(row.shape) else _uneven(row, wanted))
     if target.holds(_ideal(row), wanted):
         return Choice(dense(), f"rows of {row.shape[-1]} fit no group of {wanted.mode}")
     return Choice(dense(), f"{target.name} keeps it dense")
+
+
+def _uneven(row: Tensor, wanted: Encoding) -> str:
+    return f"rows of {row.shape[-1]} do not divide by {wanted.group_size}"
 
 
 def _smaller_groups(wanted: Encoding) -> Iterable[Encoding]:

@@ -101,6 +101,7 @@ def _recipe(name: str, default: Encoding | None = dense(), **roles: Encoding | N
 
 
 EIGHT = grouped("affine", bits=8, group_size=64)
+Q8_0 = grouped("affine", bits=8, group_size=32)  # what GGUF calls so
 FP8 = Encoding("fp8")
 REST_AT_8: dict[str, Encoding | None] = {
     role: EIGHT for role in ("embedding", "attention", "mlp", "router", "self_conditioning")
@@ -115,6 +116,7 @@ RECIPES = {
         _recipe("mxfp4", experts=grouped("mxfp4"), **REST_AT_8),
         _recipe("mxfp8", experts=grouped("mxfp8"), **REST_AT_8),
         _recipe("nvfp4", experts=grouped("nvfp4"), **REST_AT_8),
+        _recipe("q8_0", **dict.fromkeys(("embedding", "attention", "mlp", "experts", "self_conditioning"), Q8_0)),
         _recipe("fp8", experts=FP8, attention=FP8, mlp=FP8),
         _recipe(
             "experts4-fp8",

@@ -6,20 +6,17 @@ not made of safetensors files brings a writer of its own in ``CONTAINERS``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mlx_diffgemma.errors import OptionError
 
+from ..container import Container
+from ..gguf_target import GGUF
 from ..target import Target
 from .compressed_tensors import CompressedTensors
 from .hf import HuggingFace
 from .mlx import MLX
 
-if TYPE_CHECKING:
-    from ..container import Container
-
-TARGETS: dict[str, Target] = {target.name: target for target in (MLX(), HuggingFace(), CompressedTensors())}
-CONTAINERS: dict[str, Container] = {}
+TARGETS: dict[str, Target] = {target.name: target for target in (MLX(), HuggingFace(), CompressedTensors(), GGUF())}
+CONTAINERS: dict[str, Container] = {GGUF.name: GGUF()}
 
 
 def target(name: str) -> Target:

@@ -96,6 +96,8 @@ def test_times_and_tables():
         (("demo", "--out", "~nobodyhere/x"), "nobodyhere"),
         (("absent.gguf", "--out", "x"), "absent.gguf"),
         (("demo", "--outt", "x"), "--out"),
+        (("demo", "--to", "gguf", "--out", "x", "--resume"), "--resume"),
+        (("demo", "--to", "gguf", "--out", "x", "--sidecars-from", "y"), "--sidecars-from"),
     ],
 )
 def test_mistakes_are_one_line(arguments: tuple[str, ...], word: str, tmp_path: Path, monkeypatch, capsys):

@@ -72,6 +72,12 @@ def test_groups_fall_back_and_the_plan_says_so():
     assert not choices["model.decoder.norm.weight"].note, "vectors are never quantized; that needs no word"
 
 
+def test_groups_that_a_format_has_not():
+    choices = plan.choose(TABLE, target("gguf"), RECIPES["w8"])
+    attention = choices[f"{LAYER}.0.self_attn.q_proj.weight"]
+    assert str(attention.encoding) == "affine 8-bit g32" and attention.note == "gguf has no groups of 64"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.formats import open_checkpoint
+from mlx_diffgemma.hub import DEMO
 from mlx_diffgemma.tensors import encoder_scalar, layer_name
 from tests.convert.cases import converted, run, same_numbers, source
 from tests.formats.quantized import KINDS, quantized
@@ -66,3 +67,11 @@ def test_both_sets_of_layer_scalars_and_every_bank_arrive():
         assert found.read(name) == first.read(name)
     banks = [stored for name, stored in found.tensors.items() if found.table[name].role == "experts"]
     assert len(banks) == 2 * len(layers) and all(str(bank.encoding) == "affine 4-bit g64" for bank in banks)
+
+
+def test_every_format_in_a_row(tmp_path: Path):
+    """bfloat16 goes through all of them unharmed."""
+    place: Path | str = "demo"
+    for to in ("gguf", "mlx", "compressed-tensors", "hf"):
+        place = run(place, tmp_path / to, "--to", to, "--recipe", "bf16")
+    same_numbers(DEMO, Path(place))
