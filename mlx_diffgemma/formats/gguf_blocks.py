@@ -29,10 +29,12 @@ from .encoding import Encoded, Encoding, dense, grouped
 from .gguf_file import FLOATS, GGUFTensor
 from .hf import dense_part
 from .numbers import bits
+from .numbers.chunks import group_reduce, parts, scaled
 from .stored import Stored
 
 Arrays = dict[str, np.ndarray]
 GROUP = 32
+BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 AT_ONCE = 1 << 20  # values that gguf dequantizes at a time
 SUPER = frozenset(
     "Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS TQ1_0 TQ2_0 NVFP4".split()
@@ -93,7 +95,7 @@ def held_bytes(part: GGUFTensor, item: int) -> int:
 
 def _split(raw: np.ndarray, *sizes: int) -> list[np.ndarray]:
     """The fields of the blocks, uint8 [..., n * sum] -> one [..., n, size] each."""
-    blocks = raw.reshape(*raw.shape[:-1], -1, sum(sizes))
+    blocks = raw.reshape(*raw.shape[:-1], raw.shape[-1] // sum(sizes), sum(sizes))
     return np.split(blocks, np.cumsum(sizes)[:-1], axis=-1)
 
 
@@ -104,7 +106,7 @@ def _half(field: np.ndarray) -> np.ndarray:
 
 def _words(rows: np.ndarray) -> np.ndarray:
     """uint8 [..., n, bytes] -> uint32 [..., n * bytes / 4]."""
-    return np.ascontiguousarray(rows).reshape(*rows.shape[:-2], -1).view(np.uint32)
+    return np.ascontiguousarray(rows).reshape(*rows.shape[:-2], rows.shape[-2] * rows.shape[-1]).view(np.uint32)
 
 
 def uncross(nibbles: np.ndarray) -> np.ndarray:
@@ -163,7 +165,7 @@ def _five(high: np.ndarray, nibbles: np.ndarray) -> np.ndarray:
     codes <<= 4
     codes[..., :16] |= nibbles & 15
     codes[..., 16:] |= nibbles >> 4
-    return bits.pack(codes.reshape(*codes.shape[:-2], -1), 5)
+    return bits.pack(codes.reshape(*codes.shape[:-2], codes.shape[-2] * GROUP), 5)
 
 
 def _mxfp4(raw: np.ndarray) -> Arrays:
@@ -185,45 +187,45 @@ EXACT: dict[str, tuple[Encoding, Callable[[np.ndarray], Arrays]]] = {
 }
 
 
-def mxfp4_blocks(parts: Arrays) -> np.ndarray:
+def mxfp4_blocks(arrays: Arrays) -> np.ndarray:
     """words uint32 [..., n * 4], scales uint8 [..., n] -> blocks uint8 [..., n * 17], bit for bit."""
-    scales = parts["scales"]
+    scales = arrays["scales"]
     blocks = np.empty((*scales.shape, 17), np.uint8)
     blocks[..., 0] = scales
-    blocks[..., 1:] = cross(np.ascontiguousarray(parts["weight"]).view(np.uint8).reshape(*scales.shape, 16))
+    blocks[..., 1:] = cross(np.ascontiguousarray(arrays["weight"]).view(np.uint8).reshape(*scales.shape, 16))
     return blocks.reshape(*scales.shape[:-1], -1)
 
 
-def q8_0_blocks(parts: Arrays) -> np.ndarray | None:
+def q8_0_blocks(arrays: Arrays) -> np.ndarray | None:
     """Affine 8-bit codes in groups of 32 as Q8_0, or None where its float16 scales cannot hold the numbers.
 
     words uint32 [..., n * 8], scales and biases [..., n] -> uint8 [..., n * 34].
     """
-    scales, biases = (parts[name].astype(np.float32) for name in ("scales", "biases"))
+    scales, biases = (arrays[name].astype(np.float32) for name in ("scales", "biases"))
     with np.errstate(over="ignore"):
         half = scales.astype(np.float16)
     if not (np.array_equal(half, scales) and np.array_equal(biases, scales * np.float32(-128))):
         return None
     blocks = np.empty((*scales.shape, 34), np.uint8)
     blocks[..., :2] = half[..., None].view(np.uint8)
-    codes = np.ascontiguousarray(parts["weight"]).view(np.uint8).reshape(*scales.shape, GROUP)
+    codes = np.ascontiguousarray(arrays["weight"]).view(np.uint8).reshape(*scales.shape, GROUP)
     np.bitwise_xor(codes, np.uint8(128), out=blocks[..., 2:])
     return blocks.reshape(*scales.shape[:-1], -1)
 
 
 def quantize_q8_0(values: np.ndarray) -> np.ndarray:
-    """[..., in] -> blocks uint8 [..., in / 32 * 34], as ``quantize_row_q8_0_ref`` of ggml makes them.
+    """float32, float16 or bfloat16 [..., in] -> blocks uint8 [..., in / 32 * 34], as ggml's ``quantize_row_q8_0_ref``.
 
     The error is at most half a step, d / 2 with d = amax / 127, and 127 times the rounding of d to float16.
     """
-    x = values.astype(np.float32).reshape(*values.shape[:-1], -1, GROUP)
-    d = np.abs(x).max(-1, keepdims=True) / np.float32(127)
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        x *= np.where(d == 0, np.float32(0), np.float32(1) / d)
-        half = d.astype(np.float16)
-    blocks = np.empty((*x.shape[:-1], 34), np.uint8)
-    blocks[..., :2] = half.view(np.uint8)
-    whole = np.floor(np.abs(x))
-    whole += np.floor(2 * (np.abs(x) - whole))  # halves away from zero
-    blocks[..., 2:] = np.copysign(whole, x).astype(np.int8).view(np.uint8)
-    return blocks.reshape(*values.shape[:-1], -1)
+    rows, groups = values.shape[:-1], values.shape[-1] // GROUP
+    blocks = np.empty((values.size // GROUP, 34), np.uint8)
+    for part, x in parts(values):
+        here, x = blocks[scaled(part, 1, GROUP)], x.reshape(-1, GROUP)
+        d = group_reduce(np.maximum, np.abs(x).reshape(-1), GROUP)[:, None] / np.float32(127)
+        with np.errstate(all="ignore"):  # what is not finite stays so in d
+            x *= np.where(d == 0, np.float32(0), np.float32(1) / d)
+            here[:, :2] = d.astype(np.float16).view(np.uint8)
+            x += np.copysign(BELOW_HALF, x)  # halves go away from zero
+            here[:, 2:] = x.astype(np.int8).view(np.uint8)
+    return blocks.reshape(*rows, groups * 34)

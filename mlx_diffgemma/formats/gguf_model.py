@@ -207,6 +207,8 @@ def read(files: Files, config: ModelConfig) -> tuple[GGUF, Assembled]:
     opened = [open_gguf(path) for path in files.model]
     _check_splits(opened)
     main = opened[0]
+    if main.architecture == PROJECTOR:
+        raise CheckpointError(f"{main.path} is an image projector; give the model's own .gguf file")
     if main.architecture not in ARCHITECTURES:
         raise CheckpointError(
             f"{main.path} holds a model of architecture {main.architecture!r}; this library runs 'diffusion-gemma' only"

@@ -16,11 +16,13 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from safetensors.numpy import load_file, save_file
 
-from convert import plan, recipes, writer
+from convert import plan, recipes, targets, writer
+from convert.command import main
 from convert.gguf_target import GGUF
 from convert.gguf_tokenizer import tokenizer_pairs
 from convert.output import OutputError
 from convert.progress import Silent
+from mlx_diffgemma.api import generate, load
 from mlx_diffgemma.errors import CheckpointError, OptionError, UserError
 from mlx_diffgemma.formats import Checkpoint, open_checkpoint
 from mlx_diffgemma.formats.encoding import Encoding, dense, grouped
@@ -270,6 +272,16 @@ def test_a_file_alone(tmp_path: Path):
         write(source(), tmp_path / "text.gguf", text_only=True)
 
 
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setitem(targets.TARGETS, "gguf", GGUF())
+    monkeypatch.setitem(targets.CONTAINERS, "gguf", GGUF())
+    out = run(source(), tmp_path / "out", "--to", "gguf", "--recipe", "w8")
+    assert open_checkpoint(out).tensors[EXPERTS].format == "Q8_0"
+    assert main([str(model_file(out)), "--show"]) == 0 and "GGUF" in capsys.readouterr().out
+    assert main([str(source()), "--to", "gguf", "--recipe", "experts4", "--out", str(tmp_path / "b")]) == 2
+    assert "which 'gguf' cannot hold" in capsys.readouterr().err
+
+
 def test_the_same_bytes_every_time(tmp_path: Path):
     again = write(source(), tmp_path / "again", "q8_0")
     assert model_file(again).read_bytes() == model_file(written("q8_0")).read_bytes()
@@ -280,6 +292,14 @@ def test_the_planned_size_is_the_files(tmp_path: Path):
     planned = plan.make(checkpoint, GGUF(), recipe("q8_0"))
     tensors = [t for path in written("q8_0").glob("*.gguf") for t in gguf.GGUFReader(path).tensors]
     assert planned.nbytes == sum(int(t.n_bytes) for t in tensors if t.name != "rope_freqs.weight")
+
+
+def test_the_demo_in_gguf_answers_as_before(tmp_path: Path):
+    """From the user's side: a .gguf file by its name, with its tokenizer beside it."""
+    path = model_file(write(DEMO, tmp_path / "demo"))
+    for seed in range(2):
+        answers = [generate(*load(str(place), backend="mlx"), "hello", seed=seed) for place in (DEMO, path)]
+        assert answers[0].text == answers[1].text and answers[0].tokens == answers[1].tokens
 
 
 def test_what_gguf_holds():

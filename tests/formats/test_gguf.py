@@ -344,7 +344,7 @@ def test_a_pair_of_another_type_is_no_match(tmp_path: Path):
 def test_another_architecture(tmp_path: Path):
     refused(fresh(tmp_path / "a", arch="gemma4"), "'gemma4'", "diffusion-gemma")
     projector = files.write_projector(tmp_path / "a" / "mmproj.gguf", files.source())
-    refused(projector, "'clip'")
+    refused(projector, "mmproj.gguf is an image projector")
 
 
 MISTAKES = {
