@@ -112,11 +112,10 @@ def check(options: argparse.Namespace) -> None:
         raise OptionError("--verify belongs to --show")
     if options.upload:
         check_name(options.upload)
-    if options.to in CONTAINERS and (
-        options.resume or (options.sidecars_from and not options.source.endswith(".gguf"))
-    ):
-        what = "--resume" if options.resume else "--sidecars-from"
-        raise OptionError(f"{what} is not for --to {options.to}, which is written in one go from what SOURCE holds")
+    aside = options.sidecars_from and not options.source.endswith(".gguf")
+    for name, given in (("--resume", options.resume), ("--sidecars-from", aside)):
+        if given and options.to in CONTAINERS:
+            raise OptionError(f"{name} is not for --to {options.to}, which is written in one go from what SOURCE holds")
     if options.resume and not options.out:
         raise OptionError("--resume needs --out, the folder of the interrupted conversion")
 

@@ -75,6 +75,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def refused(capsys, *arguments: object) -> str:
     """The one line that the command says no with."""
+    capsys.readouterr()  # making the source may have said something
     try:
         status = main([str(part) for part in arguments])
     except SystemExit as end:

@@ -44,13 +44,17 @@ def test_a_log_gets_lines(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_quiet_is_silent(tmp_path: Path, capsys):
-    assert main([str(source()), "--recipe", "w8", "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    folder = str(source())
+    capsys.readouterr()
+    assert main([folder, "--recipe", "w8", "--out", str(tmp_path / "out"), "--quiet"]) == 0
     printed = capsys.readouterr()
     assert printed.out == printed.err == ""
 
 
 def test_the_summary_lines_up(tmp_path: Path, capsys):
-    assert main([str(source()), "--recipe", "experts4", "--out", str(tmp_path / "out")]) == 0
+    folder = str(source())
+    capsys.readouterr()
+    assert main([folder, "--recipe", "experts4", "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
     head = lines[0]
     rows = lines[1 : lines.index("")]
