@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
     with _progress(options.quiet) as tell:
         setup = Setup(
             choice,
-            options.dtype or source.dtype,
+            options.dtype or ("float32" if choice.name == "reference" else source.dtype),
             steps_limit=options.steps_limit,
             by_module=options.by_module,
             itself=itself,

@@ -185,6 +185,15 @@ def test_the_command_prints_one_screen_and_writes_everything(tmp_path: Path, cap
         assert image.width > 800 and len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 50
 
 
+def test_the_reference_measures_in_the_only_dtype_it_has(tmp_path: Path, capsys):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "report.json"
+    prompts.write_text("2+2=\n")
+    wanted = ["--report", prompts, "--against", "demo", "--backend", "reference", "--out", out, "--steps-limit", 2]
+    assert main([str(part) for part in ("demo", *wanted, "--quiet")]) == 0
+    assert json.loads(out.read_text())["dtype"] == "float32"
+    assert capsys.readouterr() == ("", "")
+
+
 def test_mistakes_are_one_line(tmp_path: Path, capsys):
     empty, long, odd = tmp_path / "empty.txt", tmp_path / "long.txt", tmp_path / "odd.jsonl"
     empty.write_text("\n \n")
