@@ -38,7 +38,7 @@ BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 AT_ONCE = 1 << 20  # values that gguf dequantizes at a time
 SUPER = frozenset(
     "Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS TQ1_0 TQ2_0 NVFP4".split()
-)  # what gguf 0.17 and later dequantize
+)  # what gguf 0.19 dequantizes
 
 
 def stored(shape: tuple[int, ...], part: GGUFTensor) -> Stored:
@@ -69,11 +69,13 @@ def stored(shape: tuple[int, ...], part: GGUFTensor) -> Stored:
 def _dequantized(shape: tuple[int, ...], part: GGUFTensor) -> Stored:
     try:
         import gguf
-    except ImportError as error:
+
+        kind = gguf.GGMLQuantizationType[part.kind]
+    except (ImportError, KeyError) as error:  # KeyError: an old one
         raise CheckpointError(
             f"{part.path}: {part.name} is {part.kind}, which the gguf package reads: pip install 'mlx-diffgemma[gguf]'"
         ) from error
-    kind, encoding = gguf.GGMLQuantizationType[part.kind], dense("float32")
+    encoding = dense("float32")
 
     def load(start: int, stop: int) -> Encoded:
         values = np.empty((stop - start, *shape[1:]), np.float32)
