@@ -94,7 +94,8 @@ def _error(items: list[Item], errors: Errors) -> str:
     found = [errors[item.row.name] for item in items if item.row.name in errors]
     if not found:
         return ""
-    return f"{sum(found, Error()).relative:.2%}" if any(error.lost for error in found) else "exact"
+    exact = all(item.edge != "quantize" for item in items) and not any(error.lost for error in found)
+    return "exact" if exact else f"{sum(found, Error()).relative:.2%}"
 
 
 def _totals(plan: Plan) -> list[str]:

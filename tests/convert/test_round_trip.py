@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from convert.command import main
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.formats import open_checkpoint
 from mlx_diffgemma.hub import DEMO
@@ -41,11 +42,14 @@ def test_converting_to_the_recipe_it_has_changes_nothing(recipe: str, tmp_path: 
     same_numbers(converted(recipe), run(converted(recipe), tmp_path / "again", "--recipe", recipe))
 
 
-def test_wider_floats_and_back_are_exact(tmp_path: Path):
+def test_wider_floats_and_back_are_exact(tmp_path: Path, capsys):
     (tmp_path / "wide.toml").write_text('[roles]\ndefault = "f32"\n')
     wide = run(source(), tmp_path / "wide", "--to", "hf", "--recipe", str(tmp_path / "wide.toml"))
     same_numbers(source(), wide, encodings=False)
-    narrow = run(wide, tmp_path / "narrow", "--to", "hf", "--recipe", "bf16")
+    narrow = tmp_path / "narrow"
+    assert main([str(wide), "--out", str(narrow), "--to", "hf", "--recipe", "bf16"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.partition("\n\n")[0].splitlines()[1:]]
+    assert {row[-1] for row in rows} == {"exact"}
     same_numbers(source(), narrow)
     roles = json.loads((narrow / "conversion_manifest.json").read_text())["errors_by_role"]
     assert set(roles.values()) == {0.0}
