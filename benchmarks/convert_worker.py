@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def ours(source: str, out: str) -> Callable[[], object]:
@@ -31,8 +32,11 @@ def mlx_vlm(source: str, out: str) -> Callable[[], object]:
 
 
 def peak() -> int:
-    """Bytes; ru_maxrss is in KiB on Linux and in bytes on a Mac."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Bytes. Not ru_maxrss on Linux: a process inherits that from the one that started it."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def main() -> None:
