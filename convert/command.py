@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,16 +90,14 @@ def run(options: argparse.Namespace) -> int:
         return 0
     say(options, *describe.remarks(planned))
     out = folder(options.out)
-    print_end = (lambda text: None) if options.quiet else print
-    if options.to in CONTAINERS:
-        started = time.perf_counter()
-        with shown(planned.source_bytes, options.quiet) as progress:
-            CONTAINERS[options.to].write(checkpoint, planned, out, progress)
-        print_end(describe.written(planned, out, time.perf_counter() - started))
-    else:
-        with shown(to_read(planned), options.quiet) as progress:
+    writer = CONTAINERS.get(options.to)
+    with shown(planned.source_bytes if writer else to_read(planned), options.quiet) as progress:
+        if writer:
+            done = writer.write(planned, out, progress)
+        else:
             done = convert(planned, out, progress, resume=options.resume, sidecars_from=aside)
-        print_end(describe.summary(done))
+    if not options.quiet:
+        print(describe.summary(done))
     return send(out, options) if options.upload else 0
 
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mlx_diffgemma.formats import Checkpoint
-
+from .edges import Errors
 from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a conversion came to."""
+
+    paths: tuple[Path, ...]  # the folder, or the files
+    plan: Plan
+    errors: Errors
+    seconds: float
+    absent: tuple[str, ...] = ()  # sidecars that were nowhere
 
 
 class Progress(Protocol):
@@ -19,4 +30,4 @@ class Progress(Protocol):
 class Container(Protocol):
     """Writes a format that is not made of safetensors files, whole, to one path."""
 
-    def write(self, checkpoint: Checkpoint, plan: Plan, path: Path, progress: Progress) -> None: ...
+    def write(self, plan: Plan, path: Path, progress: Progress) -> Done: ...

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
-from .edges import Error
+from .container import Done
+from .edges import Error, Errors
 from .plan import Item, Plan
-from .run import Done
 from .text import clock, readable, table
-from .writer import Errors
 
 MOST_NAMES = 3
 
@@ -22,20 +20,13 @@ def dry_run(plan: Plan) -> str:
 def summary(done: Done) -> str:
     """The end of a conversion: one table, then what deserves a word."""
     lines = [*_roles(done.plan, done.errors), "", *_totals(done.plan)]
-    lines += _end(done.plan, done.folder, done.seconds)
+    lines.append(
+        f"time   {clock(done.seconds)}, {readable(done.plan.source_bytes / done.seconds)} converted per second"
+    )
+    lines += [f"{'folder' if path.is_dir() else 'file':<6} {path}" for path in done.paths]
     if done.absent:
         lines.append(f"note: neither source nor --sidecars-from has {', '.join(done.absent)}")
     return "\n".join(lines)
-
-
-def written(plan: Plan, path: Path, seconds: float) -> str:
-    """The end of a conversion by a container, which keeps its figures to itself."""
-    return "\n".join([*_roles(plan), "", *_totals(plan), *_end(plan, path, seconds)])
-
-
-def _end(plan: Plan, path: Path, seconds: float) -> list[str]:
-    rate = readable(plan.source_bytes / seconds)
-    return [f"time   {clock(seconds)}, {rate} converted per second", f"{'file' if path.suffix else 'folder':<6} {path}"]
 
 
 def remarks(plan: Plan) -> Iterator[str]:
@@ -48,9 +39,9 @@ def remarks(plan: Plan) -> Iterator[str]:
     notes: dict[tuple[str, str], list[Item]] = defaultdict(list)
     for item in plan.items:
         if item.note:
-            notes[str(item.encoding), item.note].append(item)
-    for (encoding, note), items in notes.items():
-        yield f"note: {encoding}, as {note}: {_some(items)}"
+            notes[item.format, item.note].append(item)
+    for (form, note), items in notes.items():
+        yield f"note: {form}, as {note}: {_some(items)}"
 
 
 def _some(items: list[Item]) -> str:
@@ -66,7 +57,7 @@ def _tensors(plan: Plan) -> list[str]:
             item.row.name,
             " x ".join(map(str, item.row.shape)),
             item.stored.format,
-            item.encoding,
+            item.format,
             "" if item.edge == "same" else item.edge,
             f"{item.nbytes:,}",
             f"{8 * item.nbytes / item.row.size:.2f}",
@@ -80,22 +71,24 @@ def _roles(plan: Plan, errors: Errors | None = None) -> list[str]:
     """One line for each role and pair of encodings; the error, where one was measured, is of these tensors alone."""
     roles: dict[str, dict[tuple[str, str], list[Item]]] = {}
     for item in plan.items:
-        roles.setdefault(item.row.role, {}).setdefault((item.stored.format, str(item.encoding)), []).append(item)
-    rows = [["role", "tensors", "values", "from", "to", "size", "bits per weight", "error" if errors else ""]]
+        roles.setdefault(item.row.role, {}).setdefault((item.stored.format, item.format), []).append(item)
+    rows = [["role", "tensors", "values", "from", "to", "size", "bits per weight", ""]]
     for role, groups in roles.items():
         for (source, target), items in groups.items():
             values, nbytes = sum(item.row.size for item in items), sum(item.nbytes for item in items)
-            bits, error = f"{8 * nbytes / values:.2f}", _error(items, errors or {})
+            bits, error = f"{8 * nbytes / values:.2f}", "" if errors is None else _error(items, errors)
             rows.append([role, f"{len(items):,}", f"{values:,}", source, target, readable(nbytes), bits, error])
+    rows[0][-1] = "error" if any(row[-1] for row in rows) else ""
     return table(rows, "<>><<>>>")
 
 
 def _error(items: list[Item], errors: Errors) -> str:
-    found = [errors[item.row.name] for item in items if item.row.name in errors]
-    if not found:
+    """Blank where the plan carries the very numbers; ``exact`` only where every number was compared."""
+    if all(item.edge == "same" for item in items):
         return ""
-    exact = all(item.edge != "quantize" for item in items) and not any(error.lost for error in found)
-    return "exact" if exact else f"{sum(found, Error()).relative:.2%}"
+    lost = sum((errors.get(item.row.name, Error()) for item in items), Error())
+    exact = not lost.lost and all(item.edge != "quantize" for item in items)
+    return "exact" if exact else f"{lost.relative:.2%}"
 
 
 def _totals(plan: Plan) -> list[str]:

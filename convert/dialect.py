@@ -20,14 +20,18 @@ DROPPED = ("quantization", "quantization_config", "compression_config", "torch_d
 ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
 
 
-def googles(config: Mapping[str, Any], encodings: Mapping[str, Encoding]) -> dict[str, Any]:
-    """``config`` in Google's dialect, without a word of quantization, its dtype that of the encodings.
+def norm_dtype(encodings: Mapping[str, Encoding]) -> str:
+    """What a model computes in: the dtype of its norms, which nobody quantizes."""
+    return encodings[f"{DECODER}.norm.weight"].dtype
+
+
+def googles(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """``config`` in Google's dialect, without a word of quantization, for a model that computes in ``dtype``.
 
     Raises:
         ConfigError: layers of one kind that differ, which this dialect cannot say.
     """
     parsed = ModelConfig.from_dict(config)
-    dtype = encodings[f"{DECODER}.norm.weight"].dtype
     found = {key: value for key, value in config.items() if key not in DROPPED}
     found |= {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPES[0], "dtype": dtype}
     found["text_config"] = _text(config["text_config"], parsed.text, dtype)

@@ -39,9 +39,17 @@ class Error:
         return math.sqrt(self.lost / self.total) if self.total else 0.0
 
 
-def edge(stored: Stored, encoding: Encoding) -> Edge:
-    """How ``stored`` becomes ``encoding``; only ``requantize`` rounds what had been rounded to few bits before."""
-    if carries(stored.encoding, encoding):
+Errors = dict[str, Error]  # by row name, of the rows that were rounded
+
+
+def edge(stored: Stored, encoding: Encoding, name: str) -> Edge:
+    """How ``stored`` becomes ``encoding``; only ``requantize`` rounds what had been rounded to few bits before.
+
+    ``name`` is what the file calls the encoding. Where that is a name of its own, the format holds less than any such
+    encoding does (a bias, say), and only its own numbers are sure to be carried over.
+    """
+    own = name != str(encoding)
+    if stored.format == name if own else carries(stored.encoding, encoding):
         return "same"
     if stored.quantized:
         return "requantize" if encoding.quantized else "dequantize"

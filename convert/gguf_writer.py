@@ -1,8 +1,7 @@
 """One GGUF file, streaming: rows of the tensor table in GGUF's types, a range at a time.
 
-Every size is known from the plan: the header is written first, then threads convert ranges of rows and write them at
-their offsets, under a temporary name. Norms, scales and the router are float32, as llama.cpp keeps them; 8-bit affine
-codes become Q8_0 and mxfp4 becomes MXFP4, bit for bit where the source holds the same numbers.
+Every size is known from the plan: the header is written first, then ``chunks`` fills the file, under a temporary name.
+8-bit affine codes become Q8_0 and mxfp4 becomes MXFP4, bit for bit where the source holds the same numbers.
 """
 
 from __future__ import annotations
@@ -10,44 +9,37 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_diffgemma.errors import CheckpointError
 from mlx_diffgemma.formats.encoding import Encoded, Encoding, dense, grouped
 from mlx_diffgemma.formats.gguf_blocks import GROUP, mxfp4_blocks, q8_0_blocks, quantize_q8_0
 from mlx_diffgemma.formats.gguf_file import FLOATS
-from mlx_diffgemma.formats.gguf_names import PATCHES, POSITIONS, gguf_name
+from mlx_diffgemma.formats.gguf_names import PATCHES, gguf_name
 from mlx_diffgemma.formats.numbers.chunks import parts, scaled
 from mlx_diffgemma.tensors import Tensor
 
+from .chunks import fill, put
 from .container import Progress
-from .edges import Error, convert
+from .edges import Error, Errors, convert
 from .gguf_header import Info, layout
 from .output import OutputError, sync
 from .plan import Item
-from .writer import PART, Errors, ranges
+from .writer import PART
 
 KINDS = {str(dtype): kind for kind, dtype in FLOATS.items()}
-WIDE = (PATCHES, POSITIONS)  # matrices that llama.cpp wants in float32
 
 
-def kind_of(row: Tensor, encoding: Encoding) -> str:
-    """The type in which a row is written."""
-    if encoding.mode == "mxfp4":
-        return "MXFP4"
-    if encoding.quantized:
-        return "Q8_0"
-    wide = len(row.shape) == 1 or row.role in ("norm", "router", "scalar") or row.name in WIDE
-    return "F32" if wide else KINDS[encoding.dtype]
+def kind_of(encoding: Encoding) -> str:
+    """The type in which an encoding is written."""
+    return {"mxfp4": "MXFP4", "affine": "Q8_0"}.get(encoding.mode) or KINDS[encoding.dtype]
 
 
 def info_of(row: Tensor, encoding: Encoding) -> Info:
-    shape, kind = row.shape, kind_of(row, encoding)
+    shape, kind = row.shape, kind_of(encoding)
     if row.name == PATCHES:  # the weights of a convolution
         edge = math.isqrt(shape[1] // 3)
         shape = (shape[0], 3, edge, edge)
@@ -71,10 +63,10 @@ def write_file(
         try:
             with part.open("wb", buffering=0) as file:
                 file.truncate(where.nbytes)
-                _put(file.fileno(), np.frombuffer(where.header, np.uint8), 0)
+                put(file.fileno(), np.frombuffer(where.header, np.uint8), 0)
                 for name, array in extra.items():
-                    _put(file.fileno(), array, where.places[name])
-                errors = _convert(items, file.fileno(), where.places, progress)
+                    put(file.fileno(), array, where.places[name])
+                errors = _fill(items, file.fileno(), where.places, progress)
                 os.fsync(file.fileno())
             part.replace(path)
             sync(path.parent)
@@ -93,40 +85,14 @@ def one_line(path: Path) -> Iterator[None]:
         raise OutputError(f"{error.filename or path}: {error.strerror or error}") from error
 
 
-def _convert(items: Sequence[Item], file: int, places: Mapping[str, int], progress: Progress) -> Errors:
-    """All rows, in threads. An error, or an interrupt, drops the chunks that have not begun and waits for the rest."""
-    jobs: list[tuple[Item, Future[Error | None]]] = []
-    with ThreadPoolExecutor(os.cpu_count() or 1, "gguf") as pool:
-        try:
-            for item in items:
-                at = places[gguf_name(item.row.name)]
-                for start, stop in ranges(item):
-                    jobs.append((item, pool.submit(_chunk, item, start, stop, file, at, progress)))
-            done, _ = wait([job for _, job in jobs], return_when=FIRST_EXCEPTION)
-            for job in done:
-                job.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-    errors: Errors = {}
-    for item, job in jobs:
-        error = job.result()
-        if error is not None:
-            errors[item.row.name] = errors.get(item.row.name, Error()) + error
-    return errors
+def _fill(items: Sequence[Item], file: int, places: Mapping[str, int], progress: Progress) -> Errors:
+    def write(item: Item, start: int, stop: int) -> Error | None:
+        info = info_of(item.row, item.encoding)
+        array, error = as_written(item.row, item.stored.read(start, stop), info.kind)
+        put(file, array, places[info.name] + start * (info.nbytes // info.shape[0]))
+        return error
 
-
-def _chunk(item: Item, start: int, stop: int, file: int, at: int, progress: Progress) -> Error | None:
-    info = info_of(item.row, item.encoding)
-    encoded = item.stored.read(start, stop)
-    array, error = as_written(item.row, encoded, info.kind)
-    if error is not None and not math.isfinite(error.lost + error.total):
-        part = item.stored.parts[0]
-        raise CheckpointError(
-            f"{part.path}: {item.row.name} holds NaN, infinity or numbers beyond {info.kind}; is the file damaged?"
-        )
-    _put(file, array, at + start * (info.nbytes // info.shape[0]))
-    progress.advance(item.stored.nbytes * (stop - start) // item.row.shape[0])
-    return error
+    return fill(items, write, progress)
 
 
 def as_written(row: Tensor, encoded: Encoded, kind: str) -> tuple[np.ndarray, Error | None]:
@@ -165,10 +131,3 @@ def _lost(values: np.ndarray, blocks: np.ndarray) -> Error:
             x.reshape(-1, GROUP)[:] -= np.ascontiguousarray(d).view(np.float16).astype(np.float32) * codes.view(np.int8)
             error += Error(float(np.vdot(x, x)), total)
     return error
-
-
-def _put(file: int, array: np.ndarray, at: int) -> None:
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    while data.size:
-        done = os.pwrite(file, data.data, at)
-        data, at = data[done:], at + done

@@ -13,9 +13,8 @@ from mlx_diffgemma.formats import Checkpoint
 from mlx_diffgemma.json_file import read_json
 
 from .digest import facts
-from .edges import Error
-from .plan import Plan
-from .writer import Errors
+from .edges import Error, Errors
+from .plan import Item, Plan
 
 MANIFEST = "conversion_manifest.json"
 CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # a repository in the hub's cache
@@ -77,8 +76,8 @@ def rounded(error: Error) -> float:
     return float(f"{error.relative:.4g}")
 
 
-def _tensor(item: Any, error: Error | None) -> dict[str, Any]:
-    found = {"role": item.row.role, "from": item.stored.format, "to": str(item.encoding), "edge": item.edge}
+def _tensor(item: Item, error: Error | None) -> dict[str, Any]:
+    found = {"role": item.row.role, "from": item.stored.format, "to": item.format, "edge": item.edge}
     found |= {"note": item.note} if item.note else {}
     return found | ({"error": rounded(error)} if error else {})
 

@@ -44,6 +44,7 @@ class Item:
     row: Tensor
     stored: Stored
     encoding: Encoding
+    format: str  # what the file calls the encoding
     edge: Edge
     outputs: tuple[Output, ...]
     note: str = ""
@@ -52,12 +53,6 @@ class Item:
     def nbytes(self) -> int:
         """Bytes to write."""
         return sum(size(output) for output in self.outputs)
-
-    @property
-    def moves(self) -> str:
-        """``bfloat16 -> mxfp4``, or one of them where nothing changes."""
-        source, target = self.stored.format, str(self.encoding)
-        return source if source == target else f"{source} -> {target}"
 
 
 @dataclass(frozen=True)
@@ -124,8 +119,9 @@ def make(
     for name, row in table.items():
         stored, choice = checkpoint.tensors[name], choices[name]
         outputs = tuple(target.outputs(row, choice.encoding))
-        way = edge(stored, choice.encoding)
-        items.append(Item(row, stored, choice.encoding, way, outputs, choice.note))
+        form = target.names.get(str(choice.encoding), str(choice.encoding))
+        way = edge(stored, choice.encoding, form)
+        items.append(Item(row, stored, choice.encoding, form, way, outputs, choice.note))
     return Plan(checkpoint, target, recipe, tuple(items), tuple(shards(items, shard_size)))
 
 
@@ -168,9 +164,9 @@ def _ideal(row: Tensor) -> Tensor:
 def _fitted(row: Tensor, target: Target, wanted: Encoding) -> Choice:
     """The recipe's encoding, in smaller groups if it must be, else bfloat16."""
     if not wanted.quantized:
-        return Choice(wanted)
+        return Choice(_dense(row, target, wanted))
     if len(row.shape) < 2:
-        return Choice(dense())
+        return Choice(_dense(row, target))
     for encoding in _smaller_groups(wanted):
         if encoding.fits(row.shape) and target.holds(row, encoding):
             if encoding == wanted:
@@ -178,8 +174,13 @@ def _fitted(row: Tensor, target: Target, wanted: Encoding) -> Choice:
             whole = f"{target.name} has no groups of {wanted.group_size}"
             return Choice(encoding, whole if wanted.fits(row.shape) else _uneven(row, wanted))
     if target.holds(_ideal(row), wanted):
-        return Choice(dense(), f"rows of {row.shape[-1]} fit no group of {wanted.mode}")
-    return Choice(dense(), f"{target.name} keeps it dense")
+        return Choice(_dense(row, target), f"rows of {row.shape[-1]} fit no group of {wanted.mode}")
+    return Choice(_dense(row, target), f"{target.name} keeps it dense")
+
+
+def _dense(row: Tensor, target: Target, wanted: Encoding = dense()) -> Encoding:  # noqa: B008
+    """``wanted``, or float32 for the rows that the target has in nothing else."""
+    return wanted if target.holds(row, wanted) else dense("float32")
 
 
 def _uneven(row: Tensor, wanted: Encoding) -> str:
@@ -200,13 +201,13 @@ def _kept(row: Tensor, target: Target, stored: Stored) -> Choice:
     forms = [given]
     if given.mode == "nvfp4":
         forms.append(replace(given, global_scale=True))
-    if given.mode in ("affine", "fp8"):
+    if given.mode in ("dense", "affine", "fp8"):
         forms.append(replace(given, dtype="float32"))
     for form in forms:
         if target.holds(row, form):
             larger = stored.quantized and not form.quantized
             return Choice(form, f"{target.name} has no {stored.format}; a --recipe makes it smaller" if larger else "")
-    return Choice(dense(), f"{target.name} cannot hold {stored.format}")
+    return Choice(_dense(row, target), f"{target.name} cannot hold {stored.format}")
 
 
 def _check_overrides(rows: Iterable[Tensor], recipe: Recipe, layers: int) -> None:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +23,15 @@ from mlx_diffgemma.json_file import read_json
 from mlx_diffgemma.tensors import tensor_table
 
 from . import manifest, sidecars
-from .container import Progress
+from .container import Done, Progress
 from .digest import Background, facts, sha256
-from .edges import Error
+from .edges import Error, Errors
 from .output import JOURNAL, Journal, OutputError, check_free, check_room, claimed, json_bytes, put, sync
 from .plan import Plan, Shard
-from .writer import INDEX, PART, Errors, index, write_shard
+from .writer import INDEX, PART, index, write_shard
 
 CONFIG = "config.json"
 SLACK = 50_000_000  # bytes for what is not weights
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a conversion came to."""
-
-    folder: Path
-    plan: Plan
-    errors: Errors
-    seconds: float
-    absent: tuple[str, ...]  # sidecars that were nowhere
 
 
 def convert(
@@ -73,7 +61,7 @@ def convert(
             journal.close()
             sync(out)
     missing = sidecars.absent(beside, plan.text_only)
-    return Done(out, plan, errors, time.perf_counter() - started, tuple(missing))
+    return Done((out,), plan, errors, time.perf_counter() - started, tuple(missing))
 
 
 def _fill(

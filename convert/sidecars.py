@@ -5,6 +5,7 @@ They are never rewritten: a processor_config.json that a converter saved again h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mlx_diffgemma.errors import OptionError
@@ -42,12 +43,12 @@ def find(folder: Path, other: Path | None = None) -> dict[str, Path]:
     return found
 
 
-def absent(found: dict[str, Path], text_only: bool) -> list[str]:
+def absent(found: Mapping[str, Path], text_only: bool) -> list[str]:
     """What a checkpoint should have and this one has not."""
     return [name for name in (*NEEDED, *(() if text_only else IMAGES)) if name not in found]
 
 
-def copy(found: dict[str, Path], out: Path) -> None:
+def copy(found: Mapping[str, Path], out: Path) -> None:
     """Byte for byte, and looked at again."""
     for name, path in found.items():
         put(out / name, path.read_bytes())

@@ -26,9 +26,10 @@ class Target(Protocol):
 
     name: str
     metadata: Mapping[str, str]  # of every file
+    names: Mapping[str, str]  # of encodings that the format calls something else
 
     def holds(self, row: Tensor, encoding: Encoding) -> bool:
-        """Whether this row can be written so."""
+        """Whether this row can be written so. Every target holds float32."""
         ...
 
     def outputs(self, row: Tensor, encoding: Encoding) -> list[Output]:

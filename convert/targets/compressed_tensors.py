@@ -21,7 +21,7 @@ from mlx_diffgemma.formats.encoding import Encoded, Encoding
 from mlx_diffgemma.formats.schemes import E4M3, SOURCE, U8
 from mlx_diffgemma.tensors import DECODER, ENCODER, Tensor
 
-from ..dialect import googles
+from ..dialect import googles, norm_dtype
 from ..target import Output
 
 VERSION = "0.15.1"  # of compressed-tensors, whose layout this is
@@ -38,6 +38,7 @@ TARGETS = {  # as vLLM asks for modules, whatever it calls their parents
 class CompressedTensors:
     name: str = "compressed-tensors"
     metadata: Mapping[str, str] = {"format": "pt"}
+    names: Mapping[str, str] = {}
 
     def holds(self, row: Tensor, encoding: Encoding) -> bool:
         if not encoding.quantized:
@@ -66,7 +67,7 @@ class CompressedTensors:
                 yield from _expert(row, start + index, encoded, index)
 
     def config(self, config: Mapping[str, Any], encodings: Mapping[str, Encoding]) -> dict[str, Any]:
-        found = googles(config, encodings)
+        found = googles(config, norm_dtype(encodings))
         formats = {name: NVFP4 if e.mode == "nvfp4" else FP8 for name, e in encodings.items() if e.quantized}
         if formats:
             found["quantization_config"] = _quantization(formats, encodings)

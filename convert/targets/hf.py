@@ -10,13 +10,14 @@ import numpy as np
 from mlx_diffgemma.formats.encoding import Encoded, Encoding
 from mlx_diffgemma.tensors import Tensor
 
-from ..dialect import googles
+from ..dialect import googles, norm_dtype
 from ..target import Output
 
 
 class HuggingFace:
     name: str = "hf"
     metadata: Mapping[str, str] = {"format": "pt"}
+    names: Mapping[str, str] = {}
 
     def holds(self, row: Tensor, encoding: Encoding) -> bool:
         return not encoding.quantized
@@ -28,4 +29,4 @@ class HuggingFace:
         yield row.name, start, encoded.parts["weight"]
 
     def config(self, config: Mapping[str, Any], encodings: Mapping[str, Encoding]) -> dict[str, Any]:
-        return googles(config, encodings)
+        return googles(config, norm_dtype(encodings))

@@ -17,7 +17,7 @@ from mlx_diffgemma.formats.encoding import Encoded, Encoding
 from mlx_diffgemma.formats.mlx import BITS, GLOBAL, SIZES
 from mlx_diffgemma.tensors import Tensor
 
-from ..dialect import googles
+from ..dialect import googles, norm_dtype
 from ..target import Output
 
 PARTS = {"global_scale": GLOBAL}  # where the file's name of a part is not ours
@@ -26,6 +26,7 @@ PARTS = {"global_scale": GLOBAL}  # where the file's name of a part is not ours
 class MLX:
     name: str = "mlx"
     metadata: Mapping[str, str] = {"format": "mlx"}
+    names: Mapping[str, str] = {}
 
     def holds(self, row: Tensor, encoding: Encoding) -> bool:
         if not encoding.quantized:
@@ -44,7 +45,7 @@ class MLX:
             yield _name(row, part, encoded.encoding), start, array
 
     def config(self, config: Mapping[str, Any], encodings: Mapping[str, Encoding]) -> dict[str, Any]:
-        found = googles(config, encodings)
+        found = googles(config, norm_dtype(encodings))
         modules = {module_name(name): encoding for name, encoding in encodings.items() if encoding.quantized}
         if modules:
             block = _quantization(modules)

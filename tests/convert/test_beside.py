@@ -11,17 +11,14 @@ import pytest
 
 from convert.command import main
 from convert.dialect import googles
-from convert.recipes import parse_encoding
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import ConfigError
 from mlx_diffgemma.formats import open_checkpoint
 from mlx_diffgemma.json_file import read_json
-from mlx_diffgemma.tensors import DECODER
 from tests.convert.cases import contents, converted, refused, run, source
 from tests.core.test_config import PUBLISHED
 
 SIDECARS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json")
-BF16 = {f"{DECODER}.norm.weight": parse_encoding("bf16")}
 
 
 def test_sidecars_are_copied_byte_for_byte():
@@ -55,12 +52,12 @@ def test_sidecars_from_nowhere(tmp_path: Path, capsys):
 class TestConfig:
     def test_the_published_file_keeps_every_key(self):
         data = read_json(PUBLISHED)
-        assert googles(data, BF16) == data
+        assert googles(data, "bfloat16") == data
 
     def test_transformers_dialect_becomes_googles(self):
         data = read_json(source() / "config.json")
         assert "per_layer_config" in data["text_config"]
-        found = googles(data, BF16)
+        found = googles(data, "bfloat16")
         text = found["text_config"]
         assert "per_layer_config" not in text
         assert (text["global_head_dim"], text["num_global_key_value_heads"]) == (32, 1)
@@ -75,7 +72,7 @@ class TestConfig:
         data = read_json(source() / "config.json")
         data["text_config"]["per_layer_config"]["2"] = {"head_dim": 32}
         with pytest.raises(ConfigError, match="layer 2"):
-            googles(data, BF16)
+            googles(data, "bfloat16")
 
     def test_quantization_is_dropped_and_the_dtype_follows(self, tmp_path: Path):
         found = read_json(run(converted("experts4"), tmp_path / "out", "--to", "hf") / "config.json")

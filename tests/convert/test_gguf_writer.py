@@ -16,7 +16,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from safetensors.numpy import load_file, save_file
 
-from convert import plan, recipes, targets, writer
+from convert import chunks, plan, recipes
 from convert.command import main
 from convert.gguf_target import GGUF
 from convert.gguf_tokenizer import tokenizer_pairs
@@ -72,10 +72,14 @@ def recipe(name: str) -> recipes.Recipe:
     return recipes.recipe(str(path))
 
 
+def planned(folder: Path, name: str = "keep") -> plan.Plan:
+    return plan.make(open_checkpoint(folder), GGUF(), recipe(name))
+
+
 def write(folder: Path | Checkpoint, out: Path, name: str = "keep", *, text_only: bool = False) -> Path:
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
     target = GGUF()
-    target.write(checkpoint, plan.make(checkpoint, target, recipe(name), text_only=text_only), out, Silent())
+    target.write(plan.make(checkpoint, target, recipe(name), text_only=text_only), out, Silent())
     return out
 
 
@@ -152,6 +156,58 @@ def test_q8_0_of_the_gguf_package_and_of_mlx(tmp_path: Path):
     rows = {n: t.tensor_type for n, t in ((t.name, t) for t in gguf.GGUFReader(model_file(again)).tensors)}
     assert rows["token_embd.weight"] == rows["blk.0.ffn_gate_up_exps.weight"] == Type.Q8_0
     assert all(np.array_equal(one[name], other[name]) for name in one if name != "rope_freqs.weight")
+
+
+def lines(capsys: pytest.CaptureFixture, *arguments: str | Path) -> dict[str, str]:
+    """The command's table by role, and its other lines by their first word."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 0
+    printed = capsys.readouterr()
+    return {line.split()[0]: line for line in (printed.out + printed.err).splitlines() if line.strip()}
+
+
+class TestWhatIsSaidIsSo:
+    """The plan, the table at the end and the manifest name what is in the file."""
+
+    def test_codes_with_a_bias_are_quantized_twice(self, tmp_path: Path, capsys: pytest.CaptureFixture):
+        """MLX's affine codes are not Q8_0's, though bits and groups are the same."""
+        mlx = furnished(run(source(), tmp_path / "mlx", "--recipe", "q8_0"))
+        assert {item.edge for item in planned(mlx).items if item.format == "Q8_0"} == {"requantize"}
+        found = lines(capsys, mlx, "--to", "gguf", "--out", tmp_path / "out")
+        assert "quantized twice" in found["warning:"]
+        assert found["experts"].split()[-1].endswith("%")
+        row = json.loads((tmp_path / "out" / "conversion_manifest.json").read_text())["tensors"][EXPERTS]
+        assert row["to"] == "Q8_0" and row["edge"] == "requantize" and 0 < row["error"] < 0.01
+
+    @pytest.mark.parametrize("name", ["keep", "q8_0"])
+    def test_q8_0_is_carried(self, name: str, capsys: pytest.CaptureFixture):
+        assert {item.edge for item in planned(written("q8_0"), name).items} == {"same"}
+        assert "warning:" not in lines(capsys, written("q8_0"), "--to", "gguf", "--dry-run")
+
+    def test_q8_0_by_way_of_mlx_turns_out_to_be_exact(self, tmp_path: Path, capsys: pytest.CaptureFixture):
+        mlx = furnished(run(written("q8_0"), tmp_path / "mlx", "--to", "mlx"))
+        assert lines(capsys, mlx, "--to", "gguf", "--out", tmp_path / "out")["experts"].split()[-1] == "exact"
+
+    def test_every_row_has_the_type_that_the_table_names(self, tmp_path: Path, capsys: pytest.CaptureFixture):
+        found = lines(capsys, source(), "--to", "gguf", "--recipe", "q8_0", "--out", tmp_path / "out")
+        assert "bfloat16  Q8_0 " in found["experts"] and found["experts"].split()[-1].endswith("%")
+        assert "bfloat16  float32 " in found["norm"] and "bfloat16  bfloat16 " in found["projector"]
+        opened = open_checkpoint(tmp_path / "out")
+        for item in planned(source(), "q8_0").items:
+            assert item.format == opened.tensors[item.row.name].format, item.row.name
+
+    @pytest.mark.parametrize(
+        ("name", "dtype", "expected"),
+        [("keep", "bfloat16", "bfloat16"), ("keep", "float32", "float32"), ("q8_0", "float32", "bfloat16")],
+    )
+    def test_the_config_says_what_to_compute_in(self, name: str, dtype: str, expected: str):
+        """Norms are float32 in every GGUF file: that says nothing of the model."""
+        assert open_checkpoint(written(name, dtype)).config.dtype == expected
+
+    def test_both_files_are_named(self, tmp_path: Path, capsys: pytest.CaptureFixture):
+        assert main([str(source()), "--to", "gguf", "--out", str(tmp_path / "a.gguf")]) == 0
+        text = capsys.readouterr().out
+        assert f"file   {tmp_path / 'a.gguf'}" in text and f"file   {tmp_path / 'mmproj-a.gguf'}" in text
 
 
 # What others make of it.
@@ -272,9 +328,7 @@ def test_a_file_alone(tmp_path: Path):
         write(source(), tmp_path / "text.gguf", text_only=True)
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    monkeypatch.setitem(targets.TARGETS, "gguf", GGUF())
-    monkeypatch.setitem(targets.CONTAINERS, "gguf", GGUF())
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture):
     out = run(source(), tmp_path / "out", "--to", "gguf", "--recipe", "w8")
     assert open_checkpoint(out).tensors[EXPERTS].format == "Q8_0"
     assert main([str(model_file(out)), "--show"]) == 0 and "GGUF" in capsys.readouterr().out
@@ -312,15 +366,16 @@ def test_what_gguf_holds():
     for mode, bits, size in (("affine", 4, 32), ("affine", 8, 64), ("nvfp4", 0, 0), ("mxfp8", 0, 0)):
         assert not target.holds(table[EMBEDDING], grouped(mode, bits=bits, group_size=size))
     assert not target.holds(table[EMBEDDING], Encoding("fp8"))
-    assert all(target.holds(row, dense(dtype)) for row in table.values() for dtype in ("bfloat16", "float32"))
+    assert all(target.holds(row, dense("float32")) for row in table.values())
+    assert target.holds(table[EMBEDDING], dense()) and not target.holds(table[NORM], dense())
 
 
 def test_only_the_chunks_in_flight_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(writer, "CHUNK", 1 << 13)
+    monkeypatch.setattr(chunks, "CHUNK", 1 << 13)
     checkpoint = open_checkpoint(source("float32"))
     planned = plan.make(checkpoint, GGUF(), recipe("q8_0"))
     tracemalloc.start()
-    GGUF().write(checkpoint, planned, tmp_path / "a.gguf", Silent())
+    GGUF().write(planned, tmp_path / "a.gguf", Silent())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < checkpoint.nbytes / 4, f"{peak:,} of {checkpoint.nbytes:,}"
@@ -350,12 +405,10 @@ def test_numbers_that_are_none(name: str, tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["out", "out.gguf"])
 def test_a_full_disk(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from convert import gguf_writer
-
     def full(*args) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gguf_writer.os, "pwrite", full)
+    monkeypatch.setattr(chunks.os, "pwrite", full)
     refused(OutputError, source(), tmp_path / name, "No space left on device")
 
 
@@ -366,7 +419,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path):
 
     checkpoint = open_checkpoint(source())
     with pytest.raises(KeyboardInterrupt):
-        GGUF().write(checkpoint, plan.make(checkpoint, GGUF(), recipe("keep")), tmp_path / "a.gguf", Impatient())
+        GGUF().write(plan.make(checkpoint, GGUF(), recipe("keep")), tmp_path / "a.gguf", Impatient())
     assert not list(tmp_path.iterdir())
 
 

@@ -21,11 +21,11 @@ OPTIONS = ("--recipe", "experts4", "--shard-size", "150kB", "--quiet")
 JOURNAL = ".convert-journal.json"
 CHILD = """
 import os, signal, sys, time
-from convert import run, writer
+from convert import chunks, run
 from convert.command import main
 
 how, count, *arguments = sys.argv[1:]
-module, name = (run, "_finish") if how == "between" else (writer, "_chunk")
+module, name = (run, "_finish") if how == "between" else (chunks, "_chunk")
 original, calls = getattr(module, name), [0]
 
 def counted(*given):

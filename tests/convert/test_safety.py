@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert import output, run, writer
+from convert import chunks, output, run, writer
 from convert.command import main
 from mlx_diffgemma.formats import open_checkpoint
 from tests.convert.cases import contents, converted, refused, source
@@ -137,7 +137,7 @@ def test_the_disk_fails_in_the_middle(code: int, tmp_path: Path, capsys, monkeyp
     """What was finished is kept and can be continued."""
     out, small = tmp_path / "out", ("--shard-size", "200kB", "--quiet")
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "os", type("OS", (), {"pwrite": staticmethod(fail(code)), "cpu_count": os.cpu_count}))
+        patch.setattr(chunks, "os", type("OS", (), {"pwrite": staticmethod(fail(code)), "cpu_count": os.cpu_count}))
         line = refused(capsys, source(), "--out", out, *TO, *small)
     assert os.strerror(code) in line and "--resume" in line
     assert not loads(out) and not (out / "config.json").exists() and not list(out.glob("*.part"))
