@@ -14,14 +14,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from ..errors import CheckpointError
 from ..tensors import Tensor
 from .stored import Part, Stored, joined, stacked
 
 Parts = dict[str, Part]
-EXPERT = re.compile(r"(.+\.experts)\.(\d+|switch_glu|switch_mlp)\.(gate|up|down)_proj")
+EXPERT = re.compile(r"(.+\.experts)\.(0|[1-9][0-9]{0,5}|switch_glu|switch_mlp)\.(gate|up|down)_proj")
+AT_ONCE = 1 << 24  # bytes of a tie that is stored twice, compared at a time
 
 
 class Dialect(Protocol):
@@ -36,8 +35,8 @@ class Dialect(Protocol):
     @property
     def partial(self) -> bool: ...  # whether the vision tower may be left out, as text-only conversions do
 
-    def stored(self, module: str, shape: tuple[int, ...], parts: Parts) -> Stored:
-        """One module of the logical ``shape``. ``parts`` are checked here.
+    def stored(self, shape: tuple[int, ...], parts: Parts) -> Stored:
+        """One module of the logical ``shape``. ``parts`` are checked here; their names are the file's own.
 
         Raises:
             CheckpointError: a part that is missing, misshapen or of another dtype.
@@ -89,7 +88,9 @@ def assemble(parts: Iterable[Part], table: dict[str, Tensor], dialect: Dialect) 
         module, kind = _split(part.name, places, dialect)
         place = _place(module, places)
         if place:
-            modules[place.row][place][kind] = part
+            other = modules[place.row][place].setdefault(kind, part)
+            if other is not part:
+                raise CheckpointError(f"{part.path}: {part.name} is {other.name} by another name, stored twice")
         else:
             (unused if dialect.ignored(part.name) else unknown).append(part.name)
     tensors = {name: _tensor(row, modules[name], dialect) for name, row in table.items() if name in modules}
@@ -142,21 +143,28 @@ def _tensor(row: Tensor, modules: dict[Place, Parts], dialect: Dialect) -> Store
     if any(place.whole for place in kept):
         if len(kept) > 1:
             raise CheckpointError(f"{row.name} is stored whole and in pieces; which one is meant?")
-        return dialect.stored(module_name(row.name), row.shape, next(iter(kept.values())))
+        return dialect.stored(row.shape, next(iter(kept.values())))
     return _bank(row, kept, dialect)
 
 
 def _same(kept: Parts, twin: Parts) -> None:
     for kind, part in twin.items():
         other = kept.get(kind)
-        if other is None or not np.array_equal(_bits(other.read()), _bits(part.read())):
+        if other is None or not _equal(other, part):
             name = other.name if other else "its twin"
             raise CheckpointError(f"{part.path}: {part.name} differs from {name}, yet the model shares them")
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    """So that nan equals nan."""
-    return np.ascontiguousarray(array).view(np.uint8) if array.ndim else array
+def _equal(one: Part, other: Part) -> bool:
+    """Whether two arrays are the same bits, some rows at a time: an embedding has 1.5 GB."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    if 0 in one.shape:
+        return True
+    rows = one.shape[0] if one.shape else 1
+    step = max(1, AT_ONCE * rows // max(1, one.nbytes))
+    ranges = ((start, min(start + step, rows)) for start in range(0, rows, step))
+    return all(one.read(*span).tobytes() == other.read(*span).tobytes() for span in ranges)
 
 
 def _bank(row: Tensor, modules: dict[Place, Parts], dialect: Dialect) -> Stored:
@@ -164,18 +172,21 @@ def _bank(row: Tensor, modules: dict[Place, Parts], dialect: Dialect) -> Stored:
     experts, rows, *rest = row.shape
     halves = 2 if row.name.endswith("gate_up_proj") else 1
     whole = any(place.expert < 0 for place in modules)
-    wanted = range(-1, 0) if whole else range(experts)
+    numbers = range(-1, 0) if whole else range(experts)
     alias = next(iter(modules)).alias
-    every = [[Place(row.name, alias, expert, half, False) for half in range(halves)] for expert in wanted]
-    lacking = [place for places in every for place in places if place not in modules]
-    if lacking or len(modules) != halves * len(every):
-        what = f"lacks expert {lacking[0].expert}" if lacking else f"has more than {experts} experts"
+    places = (Place(row.name, alias, expert, half, False) for expert in numbers for half in range(halves))
+    lacking = next((place for place in places if place not in modules), None)  # before any list: counts may be absurd
+    if lacking or len(modules) != halves * len(numbers):
+        of = "gate or up" if whole else f"expert {lacking.expert}" if lacking else ""
         path = next(part.path for parts in modules.values() for part in parts.values())
+        what = f"lacks {of}" if lacking else f"has more than {experts} experts"
         raise CheckpointError(f"{path}: {row.name} {what}; download it again")
     size = (rows // halves, *rest)
     shape = (experts, *size) if whole else size
-    module = module_name(row.name)
-    pieces = [[dialect.stored(module, shape, modules[place]) for place in places] for places in every]
+    pieces = [
+        [dialect.stored(shape, modules[Place(row.name, alias, expert, half, False)]) for half in range(halves)]
+        for expert in numbers
+    ]
     if whole:
         return joined(pieces[0], 1)
     return stacked([joined(halves, 0) if len(halves) > 1 else halves[0] for halves in pieces])

@@ -20,6 +20,7 @@ from .safetensors import SafetensorsFile, open_file
 from .stored import Stored
 
 INDEX = "model.safetensors.index.json"
+SIDECAR = "optiq/"  # where OptiQ keeps the vision tower of its text models, for its own loader
 EMBEDDING = f"{DECODER}.embed_tokens.weight"
 
 
@@ -140,15 +141,12 @@ def build(
 
 def _files(folder: Path) -> list[SafetensorsFile]:
     index = folder / INDEX
-    if index.is_file():
-        names = _shards(index)
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent:
-            raise FileNotFoundError(
-                f"{folder} lacks {len(absent)} of {len(names)} shards: {_some(absent)}; download it again"
-            )
-    else:
-        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = _shards(index) if index.is_file() else sorted(path.name for path in folder.glob("*.safetensors"))
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(absent)} of {len(names)} shards: {_some(absent)}; download it again"
+        )
     if not names:
         raise FileNotFoundError(f"{folder} holds no .safetensors file; download it again")
     return [open_file(folder / name) for name in names]
@@ -159,10 +157,16 @@ def _shards(index: Path) -> list[str]:
     places = read_json(index).get("weight_map")
     names: set[str] = set()
     for name in places.values() if isinstance(places, dict) else [places]:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        if isinstance(name, str) and name.startswith(SIDECAR):
+            continue
+        if not isinstance(name, str) or not _plain(name) or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index}: weight_map names {name!r:.80}, not a .safetensors file; download it again")
         names.add(name)
     return sorted(names)
+
+
+def _plain(name: str) -> bool:
+    return Path(name).name == name and name.isprintable() and len(name) < 256
 
 
 def _check(place: Path, found: Assembled) -> None:

@@ -28,7 +28,7 @@ from .assemble import Parts
 from .hf import dense_part
 from .integers import integers
 from .mlx import BITS
-from .schemes import E4M3, E8M0, I8, I32, SOURCE, U8, expect, fp8, microscaled, nvfp4, refuse, take
+from .schemes import E4M3, E8M0, EDGES, I8, I32, SOURCE, U8, expect, fp8, microscaled, nvfp4, refuse, take
 from .stored import Part, Stored
 
 FORMATS = {
@@ -59,7 +59,7 @@ class CompressedTensors:
     suffixes: frozenset[str] = UNUSED | {*WEIGHTS, ORDER}
     partial: bool = True
 
-    def stored(self, module: str, shape: tuple[int, ...], parts: Parts) -> Stored:
+    def stored(self, shape: tuple[int, ...], parts: Parts) -> Stored:
         used = {kind: part for kind, part in parts.items() if kind not in UNUSED} or parts
         if set(used) == {"weight"} and used["weight"].dtype not in (E4M3, I8):
             return dense_part(shape, used["weight"])
@@ -140,8 +140,8 @@ def _object(row: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _edge(weights: list[Mapping[str, Any]]) -> int:
     """The edge of FP8's blocks, written [128, 128] or "128x128"; 0 where there are none."""
     found = {str(row["block_structure"]) for row in weights if row.get("block_structure")}
-    edges = {number for text in found for number in re.findall(r"\d+", text)}
-    if len(edges) > 1 or (found and not edges):
+    edges = {number for text in found for number in re.findall("[0-9]+", text)}
+    if found and (len(edges) != 1 or len(min(edges)) > 4 or int(min(edges)) not in EDGES):
         raise CheckpointError(
             f"config.json: blocks of {', '.join(sorted(found)):.80} are not read by this library, only square ones of "
             f"one size; convert from {SOURCE} instead"

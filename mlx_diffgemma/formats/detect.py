@@ -20,6 +20,7 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], Dialect]] = {
     "modelopt_fp4": modelopt.dialect,  # vLLM's names of the same
     "modelopt_mixed": modelopt.dialect,
 }
+MLX_BANKS = ("gate_up_proj", "switch_glu.gate_proj", "switch_mlp.gate_proj")
 REFUSED = {  # what people have, by quant_method, and how it is called
     "auto-round": "AutoRound",
     "auto_round": "AutoRound",
@@ -49,7 +50,7 @@ def detect(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> Dia
     if kind in METHODS:
         return METHODS[kind](method)
     if not method:
-        mlx_names = (".experts.gate_up_proj.weight", ".experts.switch_glu.gate_proj.weight")
+        mlx_names = tuple(f".experts.{name}.weight" for name in MLX_BANKS)
         return mlx.MLX() if any(name.endswith(mlx_names) for name in names) else HuggingFace()
     if not kind and "bits" in method:
         return mlx.dialect(config)
@@ -62,7 +63,9 @@ def detect(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> Dia
 
 def quantization(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What the files say of quantization: in config.json, or in ModelOpt's file beside it; empty for none."""
-    found = config.get("quantization_config") or config.get("compression_config") or {}
+    text = config.get("text_config")
+    inner = text.get("quantization_config") if isinstance(text, Mapping) else None  # some exporters put it there
+    found = config.get("quantization_config") or config.get("compression_config") or inner or {}
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{folder / 'config.json'}: quantization_config is {found!r:.80}, expected an object")
     aside = folder / "hf_quant_config.json"

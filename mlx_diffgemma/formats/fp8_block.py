@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import CheckpointError, ConfigError
 from .assemble import Parts
 from .hf import dense_part
-from .schemes import E4M3, SOURCE, fp8, take
+from .schemes import E4M3, EDGES, SOURCE, fp8, take
 from .stored import Stored
 
 SCALE = "weight_scale_inv"
@@ -31,7 +31,7 @@ class FineGrainedFP8:
     suffixes: frozenset[str] = UNUSED | {"weight", SCALE, "_scale_inv", "_activation_scale"}
     partial: bool = True
 
-    def stored(self, module: str, shape: tuple[int, ...], parts: Parts) -> Stored:
+    def stored(self, shape: tuple[int, ...], parts: Parts) -> Stored:
         used = {kind: part for kind, part in parts.items() if kind not in UNUSED} or parts
         if set(used) == {"weight"} and used["weight"].dtype != E4M3:
             return dense_part(shape, used["weight"])
@@ -52,7 +52,7 @@ def dialect(method: Mapping[str, Any]) -> FineGrainedFP8:
     size = method.get("weight_block_size")
     if size is None:
         return FineGrainedFP8(0)
-    if not isinstance(size, list) or len(size) != 2 or not all(type(edge) is int and edge > 0 for edge in size):
+    if not isinstance(size, list) or len(size) != 2 or not all(type(edge) is int and edge in EDGES for edge in size):
         raise ConfigError(f"config.json: weight_block_size is {size!r:.80}, expected two sizes")
     if size[0] != size[1]:
         raise CheckpointError(

@@ -92,6 +92,8 @@ def _splits(path: Path) -> tuple[Path, ...]:
     if not match:
         return (path,)
     count = int(match[3])
+    if not count:
+        raise CheckpointError(f"{path} claims to be one of 0 splits; download it again")
     found = tuple(path.with_name(f"{match[1]}-{i:05}-of-{match[3]}.gguf") for i in range(1, count + 1))
     absent = [each.name for each in found if not each.is_file()]
     if absent:
@@ -164,7 +166,7 @@ class GGUF:
     name: str = "GGUF"
     suffixes: frozenset[str] = frozenset({"weight"})
 
-    def stored(self, module: str, shape: tuple[int, ...], parts: Parts) -> Stored:
+    def stored(self, shape: tuple[int, ...], parts: Parts) -> Stored:
         part = parts["weight"]
         assert isinstance(part, Named)
         if part.name == PATCHES:
@@ -211,7 +213,8 @@ def read(files: Files, config: ModelConfig) -> tuple[GGUF, Assembled]:
         raise CheckpointError(f"{main.path} is an image projector; give the model's own .gguf file")
     if main.architecture not in ARCHITECTURES:
         raise CheckpointError(
-            f"{main.path} holds a model of architecture {main.architecture!r}; this library runs 'diffusion-gemma' only"
+            f"{main.path} holds a model of architecture {main.architecture!r:.80}; this library runs "
+            "'diffusion-gemma' only"
         )
     check_fields(main, config)
     projector = open_gguf(files.projector) if files.projector and config.vision else None
@@ -234,12 +237,14 @@ def _check_splits(opened: list[GGUFFile]) -> None:
         place = file.fields.get("split.no", 0)
         if (place, count) != (number, len(opened)):
             raise CheckpointError(
-                f"{file.path} says that it is split {place} (from 0) of {count}, its name says {number} of "
+                f"{file.path} says that it is split {place!r:.40} (from 0) of {count!r:.40}, its name says {number} of "
                 f"{len(opened)}; download it again"
             )
     total, wanted = sum(len(file.tensors) for file in opened), opened[0].fields.get("split.tensors.count")
     if wanted is not None and wanted != total:
-        raise CheckpointError(f"{opened[0].path} and its splits have {total} of {wanted} tensors; download them again")
+        raise CheckpointError(
+            f"{opened[0].path} and its splits have {total} of {wanted!r:.40} tensors; download them again"
+        )
 
 
 def _text_parts(opened: list[GGUFFile], config: ModelConfig) -> Iterator[Part]:
@@ -254,7 +259,7 @@ def _vision_parts(file: GGUFFile, config: ModelConfig) -> Iterator[Part]:
     kind = file.fields.get("clip.vision.projector_type", file.fields.get("clip.projector_type", PROJECTOR_TYPE))
     if file.architecture != PROJECTOR or kind != PROJECTOR_TYPE:
         raise CheckpointError(
-            f"{file.path} is {file.architecture!r} of {kind!r}, expected the image projector of this model "
+            f"{file.path} is {file.architecture!r:.80} of {kind!r:.80}, expected the image projector of this model "
             f"({PROJECTOR!r} of {PROJECTOR_TYPE!r}); move it elsewhere to load the text model alone"
         )
     names = {name: canonical for canonical, name in vision_names(config).items()}

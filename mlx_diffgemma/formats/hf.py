@@ -16,7 +16,7 @@ class HuggingFace:
     suffixes: frozenset[str] = frozenset({"weight"})
     partial: bool = False
 
-    def stored(self, module: str, shape: tuple[int, ...], parts: Parts) -> Stored:
+    def stored(self, shape: tuple[int, ...], parts: Parts) -> Stored:
         return dense_part(shape, parts["weight"])
 
     def ignored(self, name: str) -> bool:

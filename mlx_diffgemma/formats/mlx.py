@@ -21,27 +21,33 @@ from .hf import dense_part
 from .stored import Part, Stored, plain
 
 BITS, SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+DEFAULTS = {"bits": 4, "group_size": 64}  # MLX's own, of an exception that does not say
 GLOBAL = "weight_scale_2"  # mlx-vlm's name for ModelOpt's second scale of nvfp4
 PROJECTOR = "model.encoder.embed_vision."
 
 
 @dataclass(frozen=True)
 class MLX:
-    """``standard`` is the encoding of every quantized module but the ``exceptions``."""
+    """``standard`` is the encoding of every quantized module but the ``exceptions``, by the file's names.
+
+    An exception is ``false`` or an object, looked at only where a module is quantized: some tools list what they
+    skipped, and keep other settings beside the modules.
+    """
 
     standard: Encoding | None = None
-    exceptions: Mapping[str, Encoding | None] = field(default_factory=dict)
+    exceptions: Mapping[str, Any] = field(default_factory=dict)
     name: str = "MLX"
     suffixes: frozenset[str] = frozenset({"weight", "scales", "biases", GLOBAL})
     partial: bool = True
 
-    def stored(self, module: str, shape: tuple[int, ...], parts: Parts) -> Stored:
+    def stored(self, shape: tuple[int, ...], parts: Parts) -> Stored:
         weight = parts.get("weight")
         if weight is None:
             part = next(iter(parts.values()))
             raise CheckpointError(f"{part.path} has {part.name} but not its weight; download it again")
         if set(parts) == {"weight"}:
             return dense_part(shape, weight)
+        module = weight.name.removesuffix(".weight")
         encoding = self._encoding(module, parts)
         wanted = dict(parts)
         if GLOBAL in wanted:
@@ -64,7 +70,9 @@ class MLX:
         return name.startswith(PROJECTOR)  # text-only conversions forget it there
 
     def _encoding(self, module: str, parts: Parts) -> Encoding:
-        encoding = self.exceptions.get(module, self.standard)
+        encoding, row = self.standard, self.exceptions.get(module)
+        if row is not None:
+            encoding = _encoding(f"quantization[{module!r:.80}]", row, DEFAULTS) if row else None
         if encoding is None:
             part = parts.get("scales") or next(iter(parts.values()))
             raise CheckpointError(
@@ -126,21 +134,17 @@ def dialect(config: Mapping[str, Any]) -> MLX:
         return MLX()
     if not isinstance(given, Mapping):
         raise ConfigError(f"config.json: quantization is {given!r:.80}, expected an object")
-    standard = _encoding("quantization", given)
-    exceptions: dict[str, Encoding | None] = {}
-    for module, row in given.items():
-        if isinstance(row, Mapping):
-            exceptions[module] = _encoding(f"quantization[{module!r}]", row)
-        elif row is False:
-            exceptions[module] = None
-    return MLX(standard, exceptions)
+    exceptions = {module: row for module, row in given.items() if row is False or isinstance(row, Mapping)}
+    return MLX(_encoding("quantization", given, {}), exceptions)
 
 
-def _encoding(where: str, row: Mapping[str, Any]) -> Encoding:
+def _encoding(where: str, row: Mapping[str, Any], affine: Mapping[str, int]) -> Encoding:
+    """``affine`` has what that mode's bits and group size are where they are left out."""
     mode: Any = row.get("mode", "affine")
     if not isinstance(mode, str) or mode not in ("affine", *GROUPS):
         raise ConfigError(f"config.json: {where}.mode is {mode!r:.80}; known are affine, {', '.join(GROUPS)}")
-    bits, group_size = row.get("bits"), row.get("group_size")
+    known = affine if mode == "affine" else {}
+    bits, group_size = (row.get(name, known.get(name)) for name in ("bits", "group_size"))
     if mode == "affine":
         fine = type(bits) is int and bits in BITS and type(group_size) is int and group_size in SIZES
     else:  # which have one width and one group size, and need not say so

@@ -25,12 +25,12 @@ SMOOTHED = "pre_quant_scale"
 class ModelOpt:
     """``algorithm`` is for messages."""
 
-    algorithm: str = "an unnamed algorithm"
+    algorithm: str
     name: str = "ModelOpt"
     suffixes: frozenset[str] = UNUSED | {"weight", "weight_scale", "weight_scale_2", SMOOTHED}
     partial: bool = True
 
-    def stored(self, module: str, shape: tuple[int, ...], parts: Parts) -> Stored:
+    def stored(self, shape: tuple[int, ...], parts: Parts) -> Stored:
         used = {kind: part for kind, part in parts.items() if kind not in UNUSED} or parts
         if set(used) == {"weight"} and used["weight"].dtype not in (E4M3, U8):
             return dense_part(shape, used["weight"])
@@ -51,4 +51,4 @@ class ModelOpt:
 
 
 def dialect(method: Mapping[str, Any]) -> ModelOpt:
-    return ModelOpt(f"{method.get('quant_algo') or 'an unnamed algorithm':.40}")
+    return ModelOpt(f"quant_algo {method.get('quant_algo')!r:.40}")

@@ -20,6 +20,7 @@ SOURCE = "google/diffusiongemma-26B-A4B-it"
 U8, U32, I8, I32 = (np.dtype(kind) for kind in (np.uint8, np.uint32, np.int8, np.int32))
 E4M3, E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu)
 FLOATS = tuple(DTYPES.values())
+EDGES = range(1, 10_000)  # of FP8's blocks; unpacking repeats a scale as often, so it must have an end
 NVFP4 = Encoding("nvfp4", bits=4, group_size=16, global_scale=True)
 
 
