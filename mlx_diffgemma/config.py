@@ -21,6 +21,8 @@ SAMPLER = "EntropyBoundSamplerConfig"
 SLIDING, FULL = "sliding_attention", "full_attention"
 MODEL_TYPES = ("diffusion_gemma", "diffusion_gemma4")  # the second is the pre-release name
 UNSET = -1
+LARGEST = 2**24  # of any size; a file that claims more is damaged, and would cost time before that shows
+MOST = {"num_hidden_layers": 10_000, "max_position_embeddings": 2**31}
 MOST_STEPS, COLDEST = 10_000, 1e-6  # noise is made for all steps at once; logits over less than this leave float32
 
 
@@ -152,9 +154,11 @@ def _object(name: str, value: Any) -> Mapping[str, Any]:
 
 def _size(data: Mapping[str, Any], key: str, where: str = "text_config.", default: int | None = None) -> int:
     """A whole number of at least 1; without a default it must be there."""
-    value = default if data.get(key) is None else data[key]
+    value, most = default if data.get(key) is None else data[key], MOST.get(key, LARGEST)
     if type(value) is not int or value < 1:
         raise ConfigError(f"config.json: {where}{key} is {value!r:.80}, expected a whole number of at least 1")
+    if value > most:
+        raise ConfigError(f"config.json: {where}{key} is more than {most:,}, the largest that this library reads")
     return value
 
 

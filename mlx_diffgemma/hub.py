@@ -108,7 +108,7 @@ def _download(name: str, fits: Callable[[ModelConfig, int], None], revision: str
 def _total(index: Path) -> int:
     metadata = read_json(index).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if not isinstance(total, int | float) or total < 0:
+    if not isinstance(total, int | float) or not 0 <= total < 2**63:
         raise CheckpointError(f"{index}: metadata.total_size is {total!r:.80}, expected the bytes of all tensors")
     return int(total)
 

@@ -104,4 +104,4 @@ def _same(one: Any, other: Any) -> bool:
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return str(list(value) if isinstance(value, tuple) else value)[:80]
+    return f"{list(value) if isinstance(value, tuple) else value!r:.80}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -36,6 +37,7 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+LONGEST_NAME = 256  # far above any real one
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,8 @@ def _header(path: Path, raw: bytes) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{path}: {twice!r} is stored twice; download it again")
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise CheckpointError(f"{path}: {twice!r:.80} is stored twice; download it again")
         return found
 
     try:
@@ -143,7 +144,7 @@ def _header(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, row: Any, base: int) -> Entry:
-    if not name.isprintable() or not isinstance(row, dict):
+    if not name.isprintable() or len(name) > LONGEST_NAME or not isinstance(row, dict):
         raise CheckpointError(f"{path} has a damaged header ({name!r:.80}: {row!r:.80}); download it again")
     kind, shape, offsets = row.get("dtype"), row.get("shape"), row.get("data_offsets")
     if not isinstance(kind, str) or kind not in DTYPES:

@@ -338,7 +338,7 @@ def test_the_same_said_otherwise(pair: tuple, tmp_path: Path):
 
 
 def test_a_pair_of_another_type_is_no_match(tmp_path: Path):
-    refused(fresh(tmp_path / "a", pairs=with_pair(f"{files.ARCH}.block_count", "six")), "block_count is six")
+    refused(fresh(tmp_path / "a", pairs=with_pair(f"{files.ARCH}.block_count", "six")), "block_count is 'six'")
 
 
 def test_another_architecture(tmp_path: Path):
