@@ -12,8 +12,9 @@ from mlx_diffgemma.errors import CheckpointError, OptionError, UserError
 from mlx_diffgemma.formats import Checkpoint
 from mlx_diffgemma.json_file import read_json
 
-from . import describe, manifest, plan, recipes
+from . import describe, manifest, plan, recipes, sidecars
 from . import report as quality_report
+from .options import expanded, refuse
 from .output import JOURNAL
 from .progress import shown
 from .run import convert, to_read
@@ -24,13 +25,15 @@ from .text import parse_size
 from .upload import check_name, upload
 
 PROG = "mlx_diffgemma.convert"
+DEFAULT = "mlx"  # format
+WRITING = ("out", "to", "recipe", "dry_run", "resume", "text_only", "shard_size", "upload")  # options
 
 
 def parser() -> Parser:
     parse = Parser(PROG, "Convert a checkpoint, or show what it holds.")
     parse.add_argument("source", help="a checkpoint folder, a hub name, a .gguf file, or 'demo'")
     parse.add_argument("--out", metavar="DIR", help="folder to write; it must be empty or not there")
-    parse.add_argument("--to", metavar="FORMAT", default="mlx", help=f"{', '.join(TARGETS)} (default: mlx)")
+    parse.add_argument("--to", metavar="FORMAT", help=f"{', '.join(TARGETS)} (default: {DEFAULT})")
     known = ", ".join(recipes.RECIPES)
     parse.add_argument(
         "--recipe", metavar="NAME", help=f"{known}, or a .toml file (default: keep the numbers as they are stored)"
@@ -39,10 +42,10 @@ def parser() -> Parser:
     parse.add_argument("--resume", action="store_true", help="continue an interrupted conversion")
     parse.add_argument("--text-only", action="store_true", help="leave the vision tower and its projector out")
     parse.add_argument("--sidecars-from", metavar="DIR", help="take tokenizer, template and so on from here")
-    parse.add_argument("--shard-size", metavar="SIZE", type=size, default=plan.SHARD, help="most per file (5GB)")
+    parse.add_argument("--shard-size", metavar="SIZE", type=size, help="most per file (default: 5GB)")
     parse.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub repository")
     parse.add_argument("--upload", metavar="REPO", help="send the result, or SOURCE where it is one, to the hub")
-    parse.add_argument("--quiet", action="store_true", help="print nothing but mistakes")
+    parse.add_argument("--quiet", action="store_true", help="no progress, notes or summary")
     parse.add_argument("--show", action="store_true", help="print format, sizes, coverage and defaults of SOURCE")
     parse.add_argument("--verify", action="store_true", help="with --show: compare every file with the manifest")
     quality_report.add_arguments(parse)
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return hush()
     except KeyboardInterrupt:
-        begun = options.out and (folder(options.out) / JOURNAL).exists()
+        begun = options.out and (expanded(options.out) / JOURNAL).exists()
         again = "; what is finished is kept, the same command with --resume continues" if begun else ""
         print(f"{PROG}: interrupted{again}", file=sys.stderr)
         return INTERRUPTED
@@ -77,20 +80,20 @@ def run(options: argparse.Namespace) -> int:
         return quality_report.run(options)
     check(options)
     if options.upload and not options.out:
-        return send(folder(options.source), options)
-    kind, recipe = target(options.to), recipes.recipe(options.recipe)
-    aside = folder(options.sidecars_from) if options.sidecars_from else None
+        return send(expanded(options.source), options)
+    kind, recipe = target(options.to or DEFAULT), recipes.recipe(options.recipe)
+    aside = expanded(options.sidecars_from) if options.sidecars_from else None
     checkpoint = open_source(options.source, options.revision, aside, headers=options.dry_run or options.show)
     if options.show:
         print(report(checkpoint, verified(checkpoint) if options.verify else None))
         return 0
     planned = plan.make(checkpoint, kind, recipe, text_only=options.text_only, shard_size=options.shard_size)
+    sidecars.find(checkpoint.folder, aside)
     if options.dry_run:
         print(describe.dry_run(planned))
         return 0
     say(options, *describe.remarks(planned))
-    out = folder(options.out)
-    writer = CONTAINERS.get(options.to)
+    out, writer = expanded(options.out), CONTAINERS.get(options.to)
     with shown(planned.source_bytes if writer else to_read(planned), options.quiet) as progress:
         if writer:
             done = writer.write(planned, out, progress)
@@ -103,34 +106,42 @@ def run(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> None:
     """What can be refused before anything is opened or downloaded."""
+    if options.show:
+        refuse(options, WRITING, "does not go with --show, which only reads SOURCE")
+        if not gguf(options.source):
+            refuse(options, ["sidecars_from"], "does not go with --show, but where SOURCE is a .gguf file")
+    else:
+        refuse(options, ["verify"], "belongs to --show")
+    if options.dry_run:
+        refuse(options, ["upload"], "does not go with --dry-run, which writes nothing")
+    elif not (options.show or options.out):
+        refuse(options, [name for name in WRITING if name != "upload"], "needs --out, the folder to write")
     if not (options.show or options.dry_run or options.out or options.upload):
         raise OptionError("nothing to do; give a folder to write with --out, or say --dry-run or --show")
-    if options.verify and not options.show:
-        raise OptionError("--verify belongs to --show")
     if options.upload:
         check_name(options.upload)
-    aside = options.sidecars_from and not options.source.endswith(".gguf")
-    for name, given in (("--resume", options.resume), ("--sidecars-from", aside)):
-        if given and options.to in CONTAINERS:
-            raise OptionError(f"{name} is not for --to {options.to}, which is written in one go from what SOURCE holds")
-    if options.resume and not options.out:
-        raise OptionError("--resume needs --out, the folder of the interrupted conversion")
+    if options.to in CONTAINERS:
+        one_go = f"is not for --to {options.to}, which is written in one go from what SOURCE holds"
+        refuse(options, ["resume"] if gguf(options.source) else ["resume", "sidecars_from"], one_go)
+        refuse(options, ["shard_size"], f"is not for --to {options.to}, which is one file")
+    if options.out and gguf(options.out):
+        if options.to not in CONTAINERS:
+            raise OptionError(f"--out {options.out!r} ends in .gguf; say --to gguf, or give a folder")
+        refuse(options, ["upload"], "needs --out to be a folder")
 
 
-def folder(text: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise OptionError(f"{text!r}: there is no such user; give a folder") from error
+def gguf(name: str) -> bool:
+    return name.lower().endswith(".gguf")
 
 
 def verified(checkpoint: Checkpoint) -> int:
     """How many files are as the manifest says; anything else is a mistake to report."""
-    faults = manifest.verify(checkpoint.folder)
+    folder = checkpoint.files[0].parent
+    faults = manifest.verify(folder)
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise CheckpointError(f"{checkpoint.folder} is not as it was written: {'; '.join(faults[:3])}{more}")
-    return len(read_json(checkpoint.folder / manifest.MANIFEST)["outputs"])
+        raise CheckpointError(f"{folder} is not as it was written: {'; '.join(faults[:3])}{more}")
+    return len(read_json(folder / manifest.MANIFEST)["outputs"])
 
 
 def send(place: Path, options: argparse.Namespace) -> int:

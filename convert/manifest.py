@@ -88,6 +88,10 @@ def verify(folder: Path) -> list[str]:
     Raises:
         FileNotFoundError, CheckpointError: there is no manifest, or it lists nothing.
     """
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {MANIFEST}, as every conversion writes it: there is nothing to verify"
+        )
     outputs = read_json(folder / MANIFEST).get("outputs")
     if not isinstance(outputs, dict) or not outputs:
         raise CheckpointError(f"{folder / MANIFEST} lists no outputs; convert again")

@@ -106,7 +106,7 @@ class Plan:
 
 
 def make(
-    checkpoint: Checkpoint, target: Target, recipe: Recipe, *, text_only: bool = False, shard_size: int = SHARD
+    checkpoint: Checkpoint, target: Target, recipe: Recipe, *, text_only: bool = False, shard_size: int | None = None
 ) -> Plan:
     """The plan for a checkpoint.
 
@@ -122,7 +122,7 @@ def make(
         form = target.names.get(str(choice.encoding), str(choice.encoding))
         way = edge(stored, choice.encoding, form)
         items.append(Item(row, stored, choice.encoding, form, way, outputs, choice.note))
-    return Plan(checkpoint, target, recipe, tuple(items), tuple(shards(items, shard_size)))
+    return Plan(checkpoint, target, recipe, tuple(items), tuple(shards(items, shard_size or SHARD)))
 
 
 def choose(

@@ -24,6 +24,8 @@ from mlx_diffgemma.prompts.processor import Processor, Prompt
 from mlx_diffgemma.sampling import engine, rules
 from mlx_diffgemma.sampling.noise import INIT, bits, block_noise, token, uniform
 
+from .options import expanded
+
 DEMO_PROMPTS = Path(mlx_diffgemma.__file__).parent / "fixtures" / "demo_prompts.jsonl"
 END = "<turn|>"
 LEVELS = 4  # canvases of one prompt: noise levels 1/4 to 4/4, or as many steps of a trajectory
@@ -77,11 +79,11 @@ def read_questions(name: str) -> list[Question]:
     Raises:
         FileNotFoundError: no such file. OptionError: nothing in it, or a line that is not understood.
     """
-    path = DEMO_PROMPTS if name == "demo" else Path(name).expanduser()
-    if not path.is_file():
+    file = DEMO_PROMPTS if name == "demo" else expanded(name)
+    if not file.is_file():
         raise FileNotFoundError(f"{name!r} is not a file; give a text file with one prompt per line, or 'demo'")
     try:
-        lines = [(i, line.strip()) for i, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1)]
+        lines = [(i, line.strip()) for i, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1)]
     except UnicodeDecodeError as error:
         raise OptionError(f"{name} is not UTF-8 text ({error.reason})") from error
     lines = [(i, line) for i, line in lines if line]

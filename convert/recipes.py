@@ -29,6 +29,8 @@ from mlx_diffgemma.formats.encoding import Encoding, dense, grouped
 from mlx_diffgemma.formats.mlx import BITS, SIZES
 from mlx_diffgemma.tensors import DECODER, ENCODER, Role, Tensor
 
+from .options import expanded
+
 ROLES: tuple[Role, ...] = get_args(Role)
 LAYER = re.compile(rf"(?:{re.escape(DECODER)}|{re.escape(ENCODER)})\.layers\.(\d+)\.")
 DENSE = {"bf16": "bfloat16", "f16": "float16", "fp16": "float16", "f32": "float32", "fp32": "float32"}
@@ -138,16 +140,16 @@ def recipe(text: str | None) -> Recipe:
         return KEEP
     if text in RECIPES:
         return RECIPES[text]
-    path = Path(text).expanduser()
-    if path.suffix != ".toml":
+    file = expanded(text)
+    if file.suffix != ".toml":
         raise OptionError(f"unknown recipe {text!r}; known are {', '.join(RECIPES)}, or give a .toml file")
-    if not path.is_file():
+    if not file.is_file():
         raise FileNotFoundError(f"{text!r} does not exist; known recipes are {', '.join(RECIPES)}")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError
-        raise OptionError(f"{path} is not valid TOML ({error})") from error
-    return _from_toml(path, data)
+        raise OptionError(f"{file} is not valid TOML ({error})") from error
+    return _from_toml(file, data)
 
 
 def parse_encoding(text: str) -> Encoding | None:

@@ -29,6 +29,7 @@ from mlx_diffgemma.json_file import read_json
 
 from .manifest import MANIFEST, origin
 from .measure import AFFORDABLE, Setup, group_name, measure
+from .options import expanded, refuse
 from .picture import HeatMap, draw
 from .quality import Group, dequantized
 from .questions import read_questions
@@ -37,7 +38,7 @@ from .text import clock, readable
 
 ITSELF = "itself"
 OWN = ("against", "backend", "dtype", "steps_limit", "by_module", "picture")  # options that mean nothing elsewhere
-FOREIGN = ("recipe", "dry_run", "resume", "text_only", "upload", "show", "verify")
+FOREIGN = ("to", "recipe", "dry_run", "resume", "text_only", "shard_size", "upload", "show", "verify")
 EVERY = 5.0  # seconds between lines of progress where there is no terminal
 WORST = 3  # modules named
 Figures = Mapping[str, Any]
@@ -68,13 +69,8 @@ def check(options: argparse.Namespace) -> None:
         OptionError: an option of the report without it, or one of the converter with it; a file that cannot be.
     """
     if options.report is None:
-        stray = next((name for name in OWN if getattr(options, name) is not None), None)
-        if stray:
-            raise OptionError(f"{_flag(stray)} belongs to --report")
-        return
-    stray = next((name for name in FOREIGN if getattr(options, name)), None)
-    if stray:
-        raise OptionError(f"{_flag(stray)} does not go with --report, which measures SOURCE as it is")
+        return refuse(options, OWN, "belongs to --report")
+    refuse(options, FOREIGN, "does not go with --report, which measures SOURCE as it is")
     if options.against is None:
         raise OptionError(f"--report needs --against, what SOURCE was made from, or '{ITSELF}'")
     if options.dtype not in (None, "bfloat16", "float32"):
@@ -82,18 +78,14 @@ def check(options: argparse.Namespace) -> None:
     for name, ending in (("out", ".json"), ("picture", ".png")):
         given = getattr(options, name)
         if given is not None:
-            _writable(Path(given).expanduser(), f"--{name}", ending)
+            _writable(expanded(given), f"--{name}", ending)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _writable(path: Path, flag: str, ending: str) -> None:
-    if path.suffix.lower() != ending or path.is_dir():
-        raise OptionError(f"{flag} {str(path)!r}: with --report it is a file that ends in {ending}")
-    if not path.parent.is_dir():
-        raise OptionError(f"{flag} {str(path)!r}: there is no folder {str(path.parent)!r}")
+def _writable(place: Path, flag: str, ending: str) -> None:
+    if place.suffix.lower() != ending or place.is_dir():
+        raise OptionError(f"{flag} {str(place)!r}: with --report it is a file that ends in {ending}")
+    if not place.parent.is_dir():
+        raise OptionError(f"{flag} {str(place)!r}: there is no folder {str(place.parent)!r}")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -104,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     """
     check(options)
     choice, questions = choose(options.backend or "auto"), read_questions(options.report)
-    aside = Path(options.sidecars_from).expanduser() if options.sidecars_from else None
+    aside = expanded(options.sidecars_from) if options.sidecars_from else None
     other = open_source(options.source, options.revision, aside)
     itself = options.against == ITSELF
     source = _own_values(other) if itself else open_source(options.against)
@@ -145,8 +137,8 @@ def check_alike(source: Checkpoint, other: Checkpoint) -> None:
 
 def _about(options: argparse.Namespace, source: Checkpoint, other: Checkpoint, setup: Setup) -> dict[str, Any]:
     """What was compared, with what, by what."""
-    path = other.files[0].parent / MANIFEST
-    made = read_json(path) if path.is_file() else {}
+    manifest = other.files[0].parent / MANIFEST
+    made = read_json(manifest) if manifest.is_file() else {}
     return {
         "versions": {
             "mlx_diffgemma": __version__,
@@ -191,9 +183,9 @@ def save(figures: Figures, options: argparse.Namespace) -> None:
     try:
         if options.out:
             text = json.dumps(figures, indent=1, allow_nan=False) + "\n"
-            Path(options.out).expanduser().write_text(text, encoding="utf-8")
+            expanded(options.out).write_text(text, encoding="utf-8")
         if options.picture and (found := chart(figures)).cells:
-            draw(found).save(Path(options.picture).expanduser(), "PNG")
+            draw(found).save(expanded(options.picture), "PNG")
         elif options.picture:
             print("no picture: nothing was measured by module; --by-module does so", file=sys.stderr)
     except OSError as error:

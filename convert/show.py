@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mlx_diffgemma.config import TextConfig
-from mlx_diffgemma.formats import Checkpoint
+from mlx_diffgemma.formats import Checkpoint, gguf_model
 from mlx_diffgemma.json_file import read_json
 from mlx_diffgemma.tensors import VISION
 
@@ -29,6 +29,7 @@ SIZES = (
     "max_position_embeddings",
 )
 WIDTH = 26
+GGUF = gguf_model.GGUF.name
 
 
 def report(checkpoint: Checkpoint, verified: int | None = None) -> str:
@@ -42,7 +43,10 @@ def report(checkpoint: Checkpoint, verified: int | None = None) -> str:
 def _lines(checkpoint: Checkpoint, verified: int | None) -> Iterator[str]:
     values, stored = _values(checkpoint), checkpoint.nbytes
     files = f"{len(checkpoint.files)} file{'s' if len(checkpoint.files) > 1 else ''}"
-    yield _row("folder", checkpoint.folder)
+    place = checkpoint.files[0].parent
+    yield _row("folder", place)
+    if place != checkpoint.folder:
+        yield _row("sidecars", checkpoint.folder)
     yield _row("format", f"{checkpoint.format}, {files}")
     yield _row("total", f"{len(checkpoint.table):,} tensors, {values:,} values, {readable(stored)}")
     yield _row("bits per weight", _bits(checkpoint))
@@ -74,7 +78,7 @@ def _bits(checkpoint: Checkpoint) -> str:
 
 
 def _made(checkpoint: Checkpoint, verified: int | None) -> str:
-    path = checkpoint.folder / MANIFEST
+    path = checkpoint.files[0].parent / MANIFEST
     if not path.is_file():
         return f"not by this library (no {MANIFEST})"
     data = read_json(path)
@@ -99,6 +103,8 @@ def _odd(checkpoint: Checkpoint) -> Iterator[str]:
     unfinished = sorted(path.name for path in folder.glob(f"*{PART}"))
     if (folder / JOURNAL).exists() or unfinished:
         yield f"a conversion into this folder was interrupted: {', '.join(unfinished) or JOURNAL}"
+    if checkpoint.format == GGUF:  # its projector has no index, and its norms are always float32
+        return
     if len(checkpoint.files) > 1 and not (folder / INDEX).is_file():
         yield f"{len(checkpoint.files)} files without an index: all of them are read"
     forms = {stored.encoding.dtype for stored in checkpoint.tensors.values() if not stored.encoding.quantized}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_diffgemma import hub
+from mlx_diffgemma.errors import OptionError
 from mlx_diffgemma.formats import Checkpoint, open_checkpoint
 
 from .headers import is_remote, open_headers
+from .options import expanded
 
 
 def open_source(
@@ -25,8 +27,10 @@ def open_source(
         FileNotFoundError: there is no such thing.
         UserError: it is not a checkpoint that this library reads.
     """
-    if name.endswith(".gguf"):
-        return open_checkpoint(Path(name).expanduser(), sidecars)
+    if revision and (name == "demo" or expanded(name).exists()):
+        raise OptionError(f"--revision is of a repository on the hub; {name!r} is here")
+    if name.lower().endswith(".gguf"):
+        return open_checkpoint(expanded(name), sidecars)
     if headers and is_remote(name):
         return open_headers(name, revision)
     return open_checkpoint(hub.resolve(name, lambda config, size: None, revision))

@@ -209,6 +209,16 @@ class TestWhatIsSaidIsSo:
         text = capsys.readouterr().out
         assert f"file   {tmp_path / 'a.gguf'}" in text and f"file   {tmp_path / 'mmproj-a.gguf'}" in text
 
+    def test_a_file_is_shown_where_it_is(self, tmp_path: Path, capsys: pytest.CaptureFixture):
+        """Not where its config is, whose manifest is of other files; and what every GGUF file does is not odd."""
+        write(source(), tmp_path / "model.gguf", "q8_0")
+        found = lines(capsys, tmp_path / "model.gguf", "--sidecars-from", written("keep"), "--show")
+        assert found["folder"].endswith(str(tmp_path)) and found["sidecars"].endswith(str(written("keep")))
+        assert "not by this library" in found["made"] and "index" not in found["note"]
+        assert main([str(tmp_path / "model.gguf"), "--sidecars-from", str(written("keep")), "--show", "--verify"]) == 2
+        assert "nothing to verify" in capsys.readouterr().err
+        assert "processor_config.json" in lines(capsys, written("keep"), "--show")["note"], "and no other"
+
 
 # What others make of it.
 
