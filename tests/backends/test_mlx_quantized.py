@@ -57,8 +57,9 @@ def compare(expected_of, found_of) -> float:
 @pytest.mark.parametrize("kind", (*KINDS, *EVERYWHERE))
 def test_logits_equal_the_reference(kind, record):
     """In float32 nothing but the order of sums differs: the stored numbers are used as they are."""
-    mlx = load_model(quantized(kind), "mlx", "float32")
-    record(format=kind, model="mlx", difference=compare(load_model(quantized(kind), "reference"), mlx))
+    folder = quantized(kind, seed=4)  # whose routers are near no tie in any of the formats
+    mlx = load_model(folder, "mlx", "float32")
+    record(format=kind, model="mlx", difference=compare(load_model(folder, "reference"), mlx))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
