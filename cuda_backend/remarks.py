@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from mlx_diffgemma.backend import TEXT_ONLY
+from mlx_diffgemma.backend import TEXT_ONLY, Remarks
 from mlx_diffgemma.formats import Checkpoint
 from mlx_diffgemma.formats.checkpoint import EMBEDDING
 from mlx_diffgemma.formats.encoding import Encoding
 from mlx_diffgemma.formats.stored import Stored
 from mlx_diffgemma.tensors import VISION
-
-
-@dataclass(frozen=True)
-class Remarks:
-    """See ``Model.describe``. ``formats`` counts the tensors in each."""
-
-    formats: dict[str, int]
-    approximations: tuple[str, ...]
-    notes: tuple[str, ...]
 
 
 def remarks(checkpoint: Checkpoint, dtype: str) -> Remarks:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlx_diffgemma.backend import Remarks
 from mlx_diffgemma.formats import Checkpoint
 from mlx_diffgemma.formats.checkpoint import EMBEDDING
 from mlx_diffgemma.formats.encoding import Encoded
@@ -22,7 +23,7 @@ from mlx_diffgemma.formats.stored import Stored
 from mlx_diffgemma.tensors import DECODER, NORMS, encoder_scalar, layer_name
 
 from .linear import PIECE, Dense, Quantized, Stack, Weight
-from .remarks import Remarks, remarks
+from .remarks import remarks
 
 STORED = {
     "bfloat16": torch.bfloat16,

@@ -26,6 +26,15 @@ TEXT_ONLY = "text only: the vision tower is not loaded"  # a note for ``describe
 
 
 @dataclass(frozen=True)
+class Remarks:
+    """What ``Model.describe`` says of the weights. ``formats`` counts the tensors in each."""
+
+    formats: dict[str, int]
+    approximations: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Masks:
     """Which canvas positions are given: int32 [C] token ids, ``UNSET`` (-1) where free; ``None`` is all free.
 

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from ..backend import TEXT_ONLY
+from ..backend import TEXT_ONLY, Remarks
 from ..formats import Checkpoint
 from ..formats.stored import Stored
 from .linear import Dense, Linear, Quantized, on_cpu
-
-
-@dataclass(frozen=True)
-class Remarks:
-    """See ``Model.describe``. ``formats`` counts the tensors in each."""
-
-    formats: dict[str, int]
-    approximations: tuple[str, ...]
-    notes: tuple[str, ...]
 
 
 def remarks(

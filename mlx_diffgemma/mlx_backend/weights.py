@@ -8,13 +8,14 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
+from ..backend import Remarks
 from ..errors import OptionError
 from ..formats import Checkpoint
 from ..formats.encoding import GROUPS, WIDTHS, Encoded
 from ..formats.stored import Stored
 from ..tensors import VISION
 from .linear import Dense, Linear, Quantized, on_cpu
-from .remarks import Remarks, remarks
+from .remarks import remarks
 
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
 ONE = 127  # 2^0 as an e8m0 byte
