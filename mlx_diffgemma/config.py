@@ -104,7 +104,7 @@ class ModelConfig:
         """
         kind = data.get("model_type")
         if kind not in MODEL_TYPES:
-            raise ConfigError(f"config.json: model_type is {kind!r}; this library runs 'diffusion_gemma' only")
+            raise ConfigError(f"config.json: model_type is {kind!r:.80}; this library runs 'diffusion_gemma' only")
         text = data.get("text_config")
         if not isinstance(text, Mapping):
             raise ConfigError("config.json has no text_config; is this a DiffusionGemma checkpoint?")
@@ -236,7 +236,7 @@ def _ropes(data: Mapping[str, Any]) -> dict[str, Rope]:
         row, known = _object(where, given.get(kind)), standard["rope_type"]
         if row.get("rope_type") != known:
             raise ConfigError(
-                f"config.json: {where}.rope_type is {row.get('rope_type')!r}, only {known!r} is supported"
+                f"config.json: {where}.rope_type is {row.get('rope_type')!r:.80}, only {known!r} is supported"
             )
         partial = _positive(row, "partial_rotary_factor", 1.0, f"{where}.")
         if partial > 1 or (kind == SLIDING and partial != 1):
@@ -322,9 +322,9 @@ class GenerationConfig:
         for name in ("max_tokens", "max_denoising_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise OptionError(f"{name}={value!r} must be a whole number of at least 1")
+                raise OptionError(f"{name}={value!r:.80} must be a whole number of at least 1")
         if self.max_denoising_steps > MOST_STEPS:
-            raise OptionError(f"max_denoising_steps={self.max_denoising_steps} must be at most {MOST_STEPS:,}")
+            raise OptionError(f"max_denoising_steps={self.max_denoising_steps!r:.80} must be at most {MOST_STEPS:,}")
         for name in ("t_min", "t_max", "temperature"):
             _number(name, getattr(self, name), least=0)
         if self.t_max <= self.t_min:
@@ -336,7 +336,7 @@ class GenerationConfig:
             _number("confidence_threshold", self.confidence_threshold, above=0)
         stability = self.stability_threshold
         if stability is not None and (type(stability) is not int or stability < 0):
-            raise OptionError(f"stability_threshold={stability!r} must be a whole number of at least 0, or None")
+            raise OptionError(f"stability_threshold={stability!r:.80} must be a whole number of at least 0, or None")
         ends, pad = self.eos_token_ids, self.pad_token_id
         if not isinstance(ends, tuple) or not all(type(id) is int for id in ends):
             raise OptionError(f"eos_token_ids={ends!r} must be a tuple of token ids")
@@ -388,4 +388,4 @@ def _number(name: str, value: Any, *, least: float | None = None, above: float |
     fine = isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) < 1e30
     if not fine or (least is not None and value < least) or (above is not None and value <= above):
         bound = f"at least {least}" if least is not None else f"greater than {above}"
-        raise OptionError(f"{name}={value!r} must be a number {bound}")
+        raise OptionError(f"{name}={value!r:.80} must be a number {bound}")

@@ -122,12 +122,16 @@ def dialect(method: Mapping[str, Any]) -> CompressedTensors:
         formats.add("transforms of activations")
     if formats:
         raise CheckpointError(
-            f"config.json: compressed-tensors with {', '.join(sorted(formats)):.80} is not read by this library; "
+            f"config.json: compressed-tensors with {_quoted(formats)} is not read by this library; "
             f"convert from {SOURCE} instead, or use FP8, NVFP4, int4 or int8"
         )
     weights = [_object(scheme, "weights") for scheme in schemes]
-    widths = {row.get("num_bits") for row in weights if row.get("type") == "int"}
-    return CompressedTensors(_edge(weights), frozenset(width for width in widths if isinstance(width, int)))
+    widths = [row.get("num_bits") for row in weights if row.get("type") == "int"]
+    return CompressedTensors(_edge(weights), frozenset(width for width in widths if type(width) is int))
+
+
+def _quoted(words: set[str]) -> str:
+    return f"{', '.join(map(repr, sorted(words))):.80}"
 
 
 def _object(row: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -143,7 +147,7 @@ def _edge(weights: list[Mapping[str, Any]]) -> int:
     edges = {number for text in found for number in re.findall("[0-9]+", text)}
     if found and (len(edges) != 1 or len(min(edges)) > 4 or int(min(edges)) not in EDGES):
         raise CheckpointError(
-            f"config.json: blocks of {', '.join(sorted(found)):.80} are not read by this library, only square ones of "
-            f"one size; convert from {SOURCE} instead"
+            f"config.json: blocks of {_quoted(found)} are not read by this library, only square ones of one size; "
+            f"convert from {SOURCE} instead"
         )
     return int(edges.pop()) if edges else 0

@@ -397,9 +397,3 @@ def test_the_hub_gives_the_file_and_its_size(kind: str, least: float, most: floa
     assert hub.resolve(str(path), lambda config, size: sizes.append(size)) == path
     assert hub.resolve(str(path.parent), lambda config, size: sizes.append(size)) == path.parent
     assert sizes[0] == sizes[1] and least < sizes[0] / path.stat().st_size < most
-
-
-def test_the_hub_takes_no_other_file(tmp_path: Path):
-    (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"is a file; .* \.gguf"):
-        hub.resolve(str(tmp_path / "weights.bin"), lambda config, size: None)

@@ -19,7 +19,19 @@ from mlx_diffgemma import hub
 from mlx_diffgemma.errors import CheckpointError, UserError
 from mlx_diffgemma.formats import open_checkpoint
 from mlx_diffgemma.formats.safetensors import open_file
-from tests.formats.foreign import BLOCKS, FP8, altered, ct, ct_group, describe, foreign, modelopt
+from tests.formats.foreign import (
+    BLOCKS,
+    FP8,
+    INT4,
+    altered,
+    ct,
+    ct_group,
+    dequantized,
+    describe,
+    foreign,
+    modelopt,
+    same,
+)
 from tests.formats.quantized import quantized
 from tests.formats.saved import copied, written
 from tests.tiny import checkpoint
@@ -130,7 +142,7 @@ def test_blocks_larger_than_any_memory(edge: int, tmp_path: Path):
     refused(folder, "config.json", "10000")
 
 
-@pytest.mark.parametrize("text", ["9" * 5000, "0x0", "\N{ARABIC-INDIC DIGIT FIVE}"])
+@pytest.mark.parametrize("text", ["9" * 5000, "0x0", "\N{ARABIC-INDIC DIGIT FIVE}", "a\nb"])
 def test_blocks_that_are_no_size(text: str, tmp_path: Path):
     folder = altered("ct-fp8", tmp_path / "copy", lambda t: None)
     weights = FP8["weights"] | {"block_structure": text}
@@ -149,6 +161,37 @@ def test_an_algorithm_that_is_no_name(algorithm: object, tmp_path: Path):
     folder = altered("modelopt-nvfp4", tmp_path / "copy", int4)
     describe(folder, modelopt("NVFP4") | {"quant_algo": algorithm})
     refused(folder, UP)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\nb"])
+def test_words_that_no_config_has(name: str, tmp_path: Path):
+    folder = altered("ct-int4", tmp_path / "copy", lambda t: None)
+    describe(folder, ct(INT4 | {"format": name}))
+    refused(folder, "config.json")
+    refused(configured(tmp_path / "other", checkpoint(), lambda c: c.update(model_type=name)), "model_type")
+
+
+@pytest.mark.parametrize("bits", [["a"], {}, "4", 4.0, True, 10**400])
+def test_widths_that_are_none(bits: object, tmp_path: Path):
+    """The number of words in a row says it then, as where config.json names several."""
+    folder = altered("ct-int4", tmp_path / "copy", lambda t: None)
+    describe(folder, ct(INT4 | {"weights": INT4["weights"] | {"num_bits": bits}}))
+    if type(bits) is int:
+        refused(folder, "weight_packed")
+    else:
+        assert same(folder, dequantized("ct-int4"))
+
+
+@pytest.mark.parametrize("key", ["t_min", "confidence_threshold", "max_new_tokens", "stability_threshold"])
+@pytest.mark.parametrize("value", ["9" * 5000, [], {"a": "b" * 5000}, 10**400])
+def test_a_generation_config_of_nonsense(key: str, value: object, tmp_path: Path):
+    folder = copied(tmp_path / "copy")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    if type(value) is int and key in ("max_new_tokens", "stability_threshold"):
+        open_checkpoint(folder)  # larger than ever needed, but a number
+    else:
+        refused(folder, "generation_config.json", key)
 
 
 @pytest.mark.parametrize("text", ["x" * 5000, "a\nb"])
@@ -229,3 +272,9 @@ def test_a_split_of_none(tmp_path: Path):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00000.gguf")
     refused(folder, "0 splits")
     refused(folder / "model-00001-of-00000.gguf", "0 splits")
+
+
+def test_the_hub_takes_no_other_file(tmp_path: Path):
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"is a file; .* \.gguf"):
+        hub.resolve(str(tmp_path / "weights.bin"), lambda config, size: None)

@@ -78,6 +78,15 @@ def test_the_config_may_lie_in_a_file_of_its_own(tmp_path: Path):
     assert open_checkpoint(folder).format == "ModelOpt" and same(folder, dequantized("modelopt-nvfp4"))
 
 
+def test_the_config_may_be_the_text_models(tmp_path: Path):
+    folder = altered("modelopt-nvfp4", tmp_path / "copy", lambda t: None)
+    describe(folder, None)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["quantization_config"] = modelopt("NVFP4")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(folder).format == "ModelOpt" and same(folder, dequantized("modelopt-nvfp4"))
+
+
 def test_the_config_may_leave_its_method_out(tmp_path: Path):
     folder = altered("modelopt-nvfp4", tmp_path / "copy", lambda t: None)
     describe(folder, {"quant_algo": "NVFP4"})
