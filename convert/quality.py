@@ -44,21 +44,23 @@ def overlap(source: np.ndarray, other: np.ndarray) -> np.ndarray:
     return (source[..., :, None] == other[..., None, :]).any(-1).mean(-1)
 
 
-def spread(values: np.ndarray, clusters: Sequence[int]) -> dict[str, float | int]:
+def spread(values: np.ndarray, clusters: Sequence[int]) -> dict[str, float | int | None]:
     """Of values [N, ...]: mean with half its 95 % interval, percentiles, maximum, count.
 
     ``clusters`` [N] says which prompt each row is of: rows of one prompt are alike, so the standard error is that of
-    their sums (linearised cluster variance). With few large values, as divergences have, it is itself uncertain.
+    their sums (linearised cluster variance), and unknown where there is one prompt. With few large values, as
+    divergences have, it is itself uncertain.
     """
     mean, names = float(values.mean()), sorted(set(clusters))
     rows = (values - mean).reshape(len(values), -1).sum(-1)
     sums = np.array([rows[np.asarray(clusters) == name].sum() for name in names])
-    count = max(len(names) - 1, 1)
-    error = math.sqrt(float((sums**2).sum()) * len(names) / count) / values.size
+    half = None
+    if len(names) > 1:
+        half = 1.96 * math.sqrt(float((sums**2).sum()) * len(names) / (len(names) - 1)) / values.size
     p50, p95, p99 = (float(p) for p in np.percentile(values, (50, 95, 99)))
     return {
         "mean": mean,
-        "mean_half_interval": 1.96 * error,
+        "mean_half_interval": half,
         "median": p50,
         "p95": p95,
         "p99": p99,
@@ -68,17 +70,21 @@ def spread(values: np.ndarray, clusters: Sequence[int]) -> dict[str, float | int
 
 
 def paired(left: Sequence[bool], right: Sequence[bool]) -> dict[str, float | int | list[float]]:
-    """Two runs on the same prompts: the difference of their rates and its 95 % interval (McNemar, Wald's form)."""
+    """Two runs on the same prompts: the difference of their rates and its 95 % interval.
+
+    Wald's interval for McNemar's table with half an answer more in each of its four cells (Agresti and Min, 2005):
+    without them, a few prompts answered alike would seem to prove that nothing was lost.
+    """
     count = len(left)
     lost = sum(a and not b for a, b in zip(left, right, strict=True))
     won = sum(b and not a for a, b in zip(left, right, strict=True))
-    difference = (won - lost) / count
-    half = 1.96 * math.sqrt(max(won + lost - (won - lost) ** 2 / count, 0)) / count
+    middle = (won - lost) / (count + 2)
+    half = 1.96 * math.sqrt(won + lost + 1 - (won - lost) * middle) / (count + 2)
     return {
         "only_source": lost,
         "only_quantized": won,
-        "difference": difference,
-        "interval": [difference - half, difference + half],
+        "difference": (won - lost) / count,
+        "interval": [middle - half, middle + half],
     }
 
 

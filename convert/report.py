@@ -259,8 +259,9 @@ def _canvas_table(figures: Figures) -> Table:
     return table
 
 
-def _mean(kl: Mapping[str, float]) -> str:
-    return f"{kl['mean']:.3g} ± {kl['mean_half_interval']:.2g}"
+def _mean(kl: Mapping[str, float | None]) -> str:
+    half = kl["mean_half_interval"]
+    return f"{kl['mean']:.3g}" + (f" ± {half:.2g}" if half is not None else "")
 
 
 def _worst(shares: list[float]) -> str:
@@ -268,7 +269,7 @@ def _worst(shares: list[float]) -> str:
 
 
 def _answer_table(found: Mapping[str, Any]) -> Table:
-    table = _table(f"{found['prompts']} prompts answered", "source", "quantized", "difference [95 %]")
+    table = _table(f"{_count(found['prompts'], 'prompt')} answered", "source", "quantized", "difference [95 %]")
     source, other, answers = found["source"], found["quantized"], found["answers"]
     if answers:
         table.add_row(
@@ -301,9 +302,14 @@ def _modules(figures: Figures) -> Iterator[str]:
 def _measured(figures: Figures) -> Iterator[str]:
     sampled = figures["sampled"]
     yield (
-        f"measured   on {sampled['trials']} canvases of {sampled['prompts']} prompts, {sampled['positions']} of "
-        f"{sampled['canvas_length']} positions each for KL; seed {sampled['seed']}; {clock(figures['seconds'])}"
+        f"measured   on {_count(sampled['trials'], 'canvas', 'es')} of {_count(sampled['prompts'], 'prompt')}, "
+        f"{sampled['positions']} of {sampled['canvas_length']} positions each for KL; seed {sampled['seed']}; "
+        f"{clock(figures['seconds'])}"
     )
+
+
+def _count(number: int, noun: str, ending: str = "s") -> str:
+    return f"{number} {noun}{ending if number != 1 else ''}"
 
 
 @contextmanager

@@ -47,14 +47,16 @@ def test_overlap_counts_the_sources_experts():
 
 
 def test_the_interval_of_paired_answers():
-    """100 prompts, 10 lost and 5 won: -0.05 +- 1.96 sqrt(15 - 25 / 100) / 100."""
+    """100 prompts, 10 lost and 5 won: (-5 +- 1.96 sqrt(15 + 1 - 25 / 102)) / 102, half an answer more in every cell."""
     left = [True] * 90 + [False] * 10
     right = [True] * 80 + [False] * 10 + [True] * 5 + [False] * 5
     found = quality.paired(left, right)
     assert (found["only_source"], found["only_quantized"]) == (10, 5)
     assert found["difference"] == pytest.approx(-0.05)
-    assert found["interval"] == pytest.approx([-0.05 - 0.075275, -0.05 + 0.075275], abs=1e-5)
-    assert quality.paired(left, left)["interval"] == [0, 0]
+    assert found["interval"] == pytest.approx([-0.125291, 0.027252], abs=1e-5)
+    few, many = (quality.paired([True] * count, [True] * count)["interval"] for count in (4, 400))
+    assert few == pytest.approx([-0.326667, 0.326667], abs=1e-5), "four answers alike prove little"
+    assert many == pytest.approx([-0.004876, 0.004876], abs=1e-5)
 
 
 def test_the_interval_of_a_mean_knows_that_rows_of_one_prompt_are_alike():
@@ -64,6 +66,7 @@ def test_the_interval_of_a_mean_knows_that_rows_of_one_prompt_are_alike():
     together = quality.spread(values, [0, 0, 1, 1, 2, 2])
     assert together["mean_half_interval"] == pytest.approx(1.96 * np.std([1, 2, 6], ddof=1) / math.sqrt(3))
     assert (together["mean"], together["median"], together["max"], together["count"]) == (3.0, 2.0, 6.0, 6)
+    assert quality.spread(values, [0] * 6)["mean_half_interval"] is None, "one prompt says nothing of others"
 
 
 def in_memory(values: np.ndarray, encoding: Encoding) -> Stored:

@@ -61,9 +61,10 @@ def setup(backend: str = "cpu", **options) -> Setup:
 
 @functools.cache
 def folder() -> Path:
-    """The demo with experts in mxfp4, as the converter writes it."""
-    place = Path(_home().name) / "dg-mxfp4"
-    assert main(["demo", "--out", str(place), "--recipe", "mxfp4", "--quiet"]) == 0
+    """The demo with experts in mxfp4, as the converter writes it; one group for each layer."""
+    place, recipe = Path(_home().name) / "dg-mxfp4", Path(_home().name) / "only-experts.toml"
+    recipe.write_text('[roles]\nexperts = "mxfp4"\n')
+    assert main(["demo", "--out", str(place), "--recipe", str(recipe), "--quiet"]) == 0
     return place
 
 
@@ -176,11 +177,11 @@ def test_the_command_prints_one_screen_and_writes_everything(tmp_path: Path, cap
         "versions", "quantized", "source", "recipe", "made_by", "prompts", "backend", "dtype", "steps_limit", "layers",
         "canvas", "generation", "weights", "modules", "sampled", "settings", "models", "seconds",
     }  # fmt: skip
-    assert figures["recipe"]["name"] == "mxfp4" and figures["settings"]["max_denoising_steps"] == 8
+    assert figures["recipe"]["name"] == "only-experts" and figures["settings"]["max_denoising_steps"] == 8
     assert figures["dtype"] == "bfloat16" and figures["sampled"]["positions"] == 48
     assert figures["quantized"]["formats"]["experts"] == {"mxfp4": 12}
     assert 0.11 < figures["weights"]["roles"]["experts"] < 0.13
-    assert len(figures["modules"]["kl"]) == figures["modules"]["groups"] == 26
+    assert len(figures["modules"]["kl"]) == figures["modules"]["groups"] == 6
     with Image.open(picture) as image:
         assert image.width > 800 and len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 50
 
