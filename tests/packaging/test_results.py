@@ -7,7 +7,9 @@ import re
 
 import pytest
 
-from benchmarks.peers import PAIRS, RESULTS
+from benchmarks import convert
+from benchmarks.peers import PAIRS, RESULTS, ROOT
+from convert.recipes import RECIPES
 
 CONDITIONS = ("cpu", "cores", "system", "blas", "dtype", "prompt_tokens", "shape", "load_average", "changed")
 
@@ -39,3 +41,20 @@ def test_a_pair_is_measured_and_meets_its_goal(record: dict, name: str):
         assert {"python", "numpy"} < pair["versions"][side].keys()
         assert 0 < pair["first_draft"][side]["share"] <= 1
         assert pair["milliseconds_per_step"][side]["median"] > 0
+
+
+def test_converting_is_measured_and_meets_its_goal():
+    record = json.loads(convert.RESULTS.read_text())
+    assert re.fullmatch("[0-9a-f]{40}", record["commit"])
+    rounds = list(zip(record["rounds"]["ours"], record["rounds"]["mlx-vlm"], strict=True))
+    assert len(rounds) >= 3 and record["source_bytes"] > 1.4e9
+    assert sorted(a["seconds"] / b["seconds"] for a, b in rounds)[len(rounds) // 2] <= 1
+    assert all(a["peak_bytes"] < b["peak_bytes"] for a, b in rounds)
+
+
+def test_every_recipe_is_measured_on_the_demo():
+    """On 2,000 held-out prompts, paired: none may cost more than a point, within its 95 % interval."""
+    formats = json.loads((ROOT / "demo" / "formats.json").read_text())["formats"]
+    assert set(formats) == set(RECIPES)
+    for recipe, row in formats.items():
+        assert row["count"] == 2000 and (recipe == "bf16" or row["interval"][0] > -0.01), recipe
