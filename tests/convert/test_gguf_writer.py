@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
-import tempfile
 import tracemalloc
 from pathlib import Path
 
 import gguf
-import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from safetensors.numpy import load_file, save_file
 
-from convert import chunks, plan, recipes
+from convert import chunks, plan
 from convert.command import main
 from convert.gguf_target import GGUF
 from convert.output import OutputError
@@ -29,76 +26,22 @@ from mlx_diffgemma.formats.gguf_names import text_names, vision_names
 from mlx_diffgemma.hub import DEMO
 from mlx_diffgemma.tensors import VISION
 from tests.convert.cases import run, same_numbers
+from tests.convert.gguf_written import (
+    furnished,
+    home,
+    model_file,
+    planned,
+    projector_file,
+    recipe,
+    source,
+    write,
+    written,
+)
 from tests.formats import gguf_files as files
 from tests.formats.quantized import quantized
 
-Q8_0 = "[roles]\nembedding = 'affine 8 g32'\nattention = 'affine 8 g32'\nmlp = 'affine 8 g32'\n\
-experts = 'affine 8 g32'\nself_conditioning = 'affine 8 g32'\n"
 NORM, EMBEDDING = "model.decoder.norm.weight", "model.decoder.embed_tokens.weight"
 EXPERTS = "model.decoder.layers.3.experts.down_proj"
-
-
-@functools.cache
-def _home() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="gguf-writer-")
-
-
-def furnished(folder: Path) -> Path:
-    """With the demo's tokenizer."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(DEMO / name, folder / name)
-    return folder
-
-
-def source(dtype: str = "bfloat16") -> Path:
-    """The tiny checkpoint with rows of whole blocks, in one dtype."""
-    return _source(dtype)
-
-
-@functools.cache
-def _source(dtype: str) -> Path:
-    folder = furnished(files.beside(Path(_home().name) / f"source-{dtype}", files.source()))
-    arrays = {name: a.astype(getattr(ml_dtypes, dtype, dtype)) for name, a in files.tensors(files.source()).items()}
-    save_file(arrays, folder / "model.safetensors")
-    return folder
-
-
-def recipe(name: str) -> recipes.Recipe:
-    if name != "q8_0":
-        return recipes.recipe(None if name == "keep" else name)
-    path = Path(_home().name) / "q8_0.toml"
-    path.write_text(Q8_0)
-    return recipes.recipe(str(path))
-
-
-def planned(folder: Path, name: str = "keep") -> plan.Plan:
-    return plan.make(open_checkpoint(folder), GGUF(), recipe(name))
-
-
-def write(folder: Path | Checkpoint, out: Path, name: str = "keep", *, text_only: bool = False) -> Path:
-    checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
-    target = GGUF()
-    target.write(plan.make(checkpoint, target, recipe(name), text_only=text_only), out, Silent())
-    return out
-
-
-def written(name: str, dtype: str = "bfloat16") -> Path:
-    return _written(name, dtype)
-
-
-@functools.cache
-def _written(name: str, dtype: str) -> Path:
-    return write(source(dtype), Path(_home().name) / f"{name}-{dtype}", name)
-
-
-def model_file(folder: Path) -> Path:
-    (found,) = (path for path in folder.glob("*.gguf") if not path.name.startswith("mmproj"))
-    return found
-
-
-def projector_file(folder: Path) -> Path:
-    (found,) = folder.glob("mmproj*.gguf")
-    return found
 
 
 # There and back again.
@@ -267,7 +210,7 @@ def test_the_projector_is_what_llama_cpps_way_of_writing_gives(tmp_path: Path):
 
 
 def source_as_float32() -> Path:
-    folder = Path(_home().name) / "wide"
+    folder = Path(home().name) / "wide"
     if not folder.is_dir():
         files.beside(folder, files.source())
         arrays = load_file(source() / "model.safetensors")
