@@ -31,8 +31,8 @@ def summary(done: Done) -> str:
 
 def remarks(plan: Plan) -> Iterator[str]:
     """Warnings and notes, each on one line, for the plan as a whole."""
-    twice = plan.of("requantize")
-    if twice:
+    twice = [*plan.of("requantize"), *(item for item in plan.of("dequantize") if item.encoding.dtype != "float32")]
+    if twice:  # bfloat16 rounds too, if less
         yield f"warning: quantized twice, which costs quality: {_some(twice)}; convert from the bfloat16 checkpoint"
     if plan.text_only and plan.target.name == "hf":
         yield "note: transformers cannot do without a vision tower: it makes a random one and says so; text is unharmed"

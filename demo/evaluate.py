@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import numpy as np
 from tasks import NAMES_OF_TASKS, Example, draw, evaluation_set
 from vocabulary import END_OF_TURN, PAD, chat, encode
 
+from convert import quality
 from mlx_diffgemma import Finished, load
 from mlx_diffgemma.backend import Model
 from mlx_diffgemma.prompts.processor import Processor
@@ -79,17 +80,8 @@ def summary(found: list[Answer]) -> dict:
 
 
 def paired(left: list[Answer], right: list[Answer]) -> dict:
-    """Two runs on the same prompts and seeds: the difference of their solve rates with its 95 % interval (McNemar)."""
-    outcome = Counter((a.right, b.right) for a, b in zip(left, right, strict=True))
-    lost, won, count = outcome[True, False], outcome[False, True], len(left)
-    difference = (won - lost) / count
-    half = 1.96 * math.sqrt(max(won + lost - (won - lost) ** 2 / count, 0)) / count
-    return {
-        "only_left": lost,
-        "only_right": won,
-        "difference": difference,
-        "interval": [difference - half, difference + half],
-    }
+    """Two runs on the same prompts and seeds: the difference of their solve rates with its 95 % interval."""
+    return quality.paired([answer.right for answer in left], [answer.right for answer in right])
 
 
 def noisy_canvases(model: Model, per_task: int = 8, seed: int = 5) -> list[tuple[list[int], np.ndarray, np.ndarray]]:

@@ -2,7 +2,7 @@
 
     python demo/formats.py --count 2000 --out demo/formats.json
 
-Paired with the bfloat16 checkpoint: the difference of the solve rates and its 95 % interval (McNemar).
+Paired with the bfloat16 checkpoint: the difference of the solve rates and its 95 % interval (``convert.quality``).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def load(
     """Load a checkpoint.
 
     Args:
-        model: a hub name, a folder, or ``demo`` (packaged, 4 MB).
+        model: a hub name, a folder, a .gguf file with config and tokenizer beside it, or ``demo`` (packaged, 4 MB).
         backend: ``auto``, ``mlx``, ``cuda``, ``cpu`` (torch) or ``reference`` (NumPy).
         dtype: ``bfloat16`` or ``float32``; the checkpoint's own by default.
         revision: branch, tag or commit of a hub repository.

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -30,14 +30,13 @@ import numpy as np
 from .numbers import affine, fp8, microscaling
 
 Mode = Literal["dense", "affine", "mxfp4", "mxfp8", "nvfp4", "fp8"]
-MODES = get_args(Mode)
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
 }
 GROUPS = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
-WIDTHS = {"mxfp4": 4, "mxfp8": 8, "nvfp4": 4, "fp8": 8}
+WIDTHS = {"mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Encoding:
     Args:
         mode: see the table above.
         dtype: of dense weights, of affine scales and biases, of FP8 scales; a key of ``DTYPES``.
-        bits, group_size: of affine codes; the other modes fix theirs (``of``).
+        bits, group_size: of affine codes; mxfp4, mxfp8 and nvfp4 have one of each (``grouped`` knows them).
         block: edge of FP8's square blocks, 0 for one scale per row.
         global_scale: whether nvfp4 has one per row.
     """

@@ -79,3 +79,17 @@ def test_every_format_in_a_row(tmp_path: Path):
     for to in ("gguf", "mlx", "compressed-tensors", "hf"):
         place = run(place, tmp_path / to, "--to", to, "--recipe", "bf16")
     same_numbers(DEMO, Path(place))
+
+
+def test_every_second_rounding_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """To fewer bits or to bfloat16: both round what was rounded before. Carrying codes over does not."""
+    said = {}
+    for name, options in {
+        "requantized": ("--recipe", "mxfp4"),
+        "to bfloat16": ("--recipe", "bf16"),
+        "kept": (),
+    }.items():
+        assert main([str(quantized("affine4")), "--out", str(tmp_path / name), *options]) == 0
+        said[name] = "".join(capsys.readouterr())
+    assert "quantized twice" in said["requantized"] and "quantized twice" in said["to bfloat16"]
+    assert "twice" not in said["kept"]

@@ -105,4 +105,4 @@ def test_intervals_are_those_of_the_textbook():
 def test_paired_runs_count_who_alone_was_right():
     right, wrong = (evaluate.Answer(tasks.Example("add", "1+1=", "2"), text, 2, 1) for text in ("2", "3"))
     figures = evaluate.paired([right, right, wrong, wrong], [right, wrong, wrong, wrong])
-    assert (figures["only_left"], figures["only_right"], figures["difference"]) == (1, 0, -0.25)
+    assert (figures["only_source"], figures["only_quantized"], figures["difference"]) == (1, 0, -0.25)
