@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from mlx_diffgemma.api import check_fit, needed_bytes, unpacked_bytes
-from mlx_diffgemma.backend import Choice, Model, implementation
+from mlx_diffgemma.backend import Choice, LoadOptions, Model, implementation
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.formats import Checkpoint
+from mlx_diffgemma.memory import check_fit
 from mlx_diffgemma.prompts.processor import Processor
 
 from . import quality
@@ -67,10 +67,9 @@ class Setup:
 
     def load(self, checkpoint: Checkpoint) -> Model:
         """Raises ``MemoryBudgetError`` when it cannot fit."""
-        code, choice = implementation(self.choice), self.choice
-        held = unpacked_bytes(checkpoint, choice)
-        check_fit(choice, needed_bytes(checkpoint.config, held, choice, self.dtype), code.memory(choice.device))
-        return code.load(checkpoint, device=choice.device, dtype=self.dtype)
+        options = LoadOptions(self.dtype)
+        check_fit(self.choice, checkpoint.config, checkpoint.nbytes, checkpoint, options)
+        return implementation(self.choice).load(checkpoint, device=self.choice.device, dtype=self.dtype)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ the order of a ring does not matter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,45 +20,48 @@ from mlx_diffgemma.config import ModelConfig
 SMALLEST = 64  # slots of a new buffer; from there it doubles
 
 
+Turns = dict[bool, tuple[Tensor, Tensor]]  # cos and sin [B or 1, T, 1, d / 2] of full layers and of sliding ones
+
+
 @dataclass(frozen=True)
 class Prefix:
-    """What a canvas sees during one block, per layer; made once, at its beginning."""
+    """What a canvas sees during one block; made once, at its beginning. Dictionaries are by whether a layer is full."""
 
-    keys: list[Tensor]  # views [B, K, C + extent, d]
-    values: list[Tensor]
-    visible: list[Tensor | None]  # bool [B, 1, 1, C + extent]; None where all rows are equally long
-    turns: list[tuple[Tensor, Tensor]]  # cos and sin of the canvas's positions
-
-
-@dataclass(frozen=True)
-class Places:
-    """Which tokens of a chunk a layer keeps, and where: three int64 index arrays of equal length."""
-
-    rows: Tensor
-    tokens: Tensor
-    slots: Tensor
+    keys: list[Tensor] = field(metadata={"shared": True})  # views [B, K, C + slots, d], by layer
+    values: list[Tensor] = field(metadata={"shared": True})
+    lengths: dict[bool, Tensor | None]  # int32 [B], slots behind the canvas that hold a token; None where all do
+    turns: Turns  # of the canvas's positions
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of an encode: how its tokens see the past and each other. Masks are bool [B or 1, 1, T, keys]."""
+    """Tokens that join the cache together: where they stand, and where their keys and values go.
+
+    A token that is not kept, padding or one that the ring would overwrite at once, goes to slot 0: the canvas writes
+    its own keys there before it looks. So no shape depends on how many are kept.
+    """
 
     positions: Tensor  # int64 [B or 1, T]
-    full: Tensor  # over slots 0 .. extent, the chunk included
-    sliding: Tensor  # over the ring, then the chunk
-    ring: int  # slots of the ring in use before the chunk
-    extent: int  # positions in use after the chunk
-    full_places: Places
-    ring_places: Places
+    before: Tensor  # int32 [B], tokens cached before the chunk
+    full_slots: Tensor  # int64 [B, T]
+    ring_slots: Tensor  # int64 [B, T]
+    held: tuple[int, int]  # most slots in use before the chunk: of a full layer, of a ring
 
 
 class TorchCache:
-    """See the module. ``scores`` float32 [B, L] is set by an encode that was asked to."""
+    """See the module. ``scores`` float32 [B, L] is set by an encode that was asked to.
 
-    def __init__(self, config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype):
-        self.config, self.device, self.dtype = config, device, dtype
+    ``whole``: hand out whole buffers, whose shapes do not change from block to block, as a CUDA graph needs them;
+    else only the slots in use, so that plain operations read no more than there is.
+    """
+
+    def __init__(
+        self, config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype, *, whole: bool = False
+    ):
+        self.config, self.device, self.dtype, self.whole = config, device, dtype, whole
         self.lengths = np.zeros(rows, np.int64)
         self.scores: np.ndarray | None = None
+        self.owed = False  # tokens are counted in ``lengths`` whose keys and values the next step will bring
         text, canvas = config.text, config.canvas_length
         shapes = zip(text.num_key_value_heads, text.head_dims, strict=True)
         empty = [torch.zeros(rows, heads, canvas, dim, device=device, dtype=dtype) for heads, dim in shapes]
@@ -70,6 +73,7 @@ class TorchCache:
 
     def select(self, rows: Sequence[int]) -> TorchCache:
         """A copy of these rows, in this order."""
+        assert not self.owed, "the first step of the block has not been taken"
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.device)
         with torch.inference_mode():
             layers = [(k.index_select(0, index), v.index_select(0, index)) for k, v in self.layers]
@@ -77,6 +81,7 @@ class TorchCache:
 
     def concat(self, other: TorchCache) -> TorchCache:
         """A cache with the rows of both, as wide as the wider one."""
+        assert not self.owed and not other.owed, "the first step of the block has not been taken"
         with torch.inference_mode():
             layers = [
                 (torch.cat(widened((mine[0], others[0]))), torch.cat(widened((mine[1], others[1]))))
@@ -85,83 +90,73 @@ class TorchCache:
         return self._like(layers, np.concatenate([self.lengths, other.lengths]))
 
     def _like(self, layers: list[tuple[Tensor, Tensor]], lengths: np.ndarray) -> TorchCache:
-        new = TorchCache(self.config, 0, self.device, self.dtype)
+        new = TorchCache(self.config, 0, self.device, self.dtype, whole=self.whole)
         new.layers, new.lengths = layers, lengths.copy()
         return new
 
     # ---- reading
 
-    def prefix(self, turns: list[tuple[Tensor, Tensor]]) -> Prefix:
-        """The views and masks of one block behind what is cached now."""
-        canvas, text = self.config.canvas_length, self.config.text
+    def prefix(self, turns: Turns) -> Prefix:
+        """The views of one block behind what is cached now."""
+        text = self.config.text
         held = {True: self.lengths, False: np.minimum(self.lengths, text.window_keys)}
         extents = {full: int(lengths.max(initial=0)) for full, lengths in held.items()}
-        masks = {full: self._visible(lengths, extents[full]) for full, lengths in held.items()}
-        kinds = [text.full(i) for i in range(text.num_hidden_layers)]
-        keys, values = (
-            [pair[side][:, :, : canvas + extents[full]] for pair, full in zip(self.layers, kinds, strict=True)]
-            for side in (0, 1)
-        )
-        return Prefix(keys, values, [masks[full] for full in kinds], turns)
+        counts = {full: self._counts(lengths, extents[full]) for full, lengths in held.items()}
+        views = [self._view(i, extents[text.full(i)]) for i in range(text.num_hidden_layers)]
+        return Prefix([k for k, _ in views], [v for _, v in views], counts, turns)
 
-    def _visible(self, lengths: np.ndarray, extent: int) -> Tensor | None:
-        if (lengths == extent).all():
+    def _counts(self, lengths: np.ndarray, extent: int) -> Tensor | None:
+        if not self.whole and (lengths == extent).all():
             return None
-        canvas = self.config.canvas_length
-        mask = np.arange(-canvas, extent) < lengths[:, None]
-        return torch.from_numpy(mask[:, None, None]).to(self.device)
+        return torch.from_numpy(lengths.astype(np.int32)).to(self.device)
+
+    def _view(self, layer: int, extent: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer up to ``extent`` slots behind the canvas; all of them where shapes are fixed."""
+        k, v = self.layers[layer]
+        end = k.shape[2] if self.whole else self.config.canvas_length + extent
+        return k[:, :, :end], v[:, :, :end]
+
+    def seen(self, layer: int, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """What a chunk finds in the cache."""
+        return self._view(layer, chunk.held[0 if self.config.text.full(layer) else 1])
 
     # ---- writing
 
     def chunk(self, width: int, counts: np.ndarray) -> Chunk:
-        """Prepare to read ``width`` more tokens, of which the first ``counts`` [B] of each row are real; make room.
-
-        A padding token attends like any other, so that no row of the softmax is empty, but it is never stored.
-        """
+        """Prepare to read ``width`` more tokens, of which the first ``counts`` [B] of each row are real; make room."""
         text, past = self.config.text, self.lengths
-        ring, extent = int(min(past.max(), text.window_keys)), int((past + counts).max())
-        self._reserve(extent)
-        shared = past[:1] if (past == past[0]).all() else past
+        self._reserve(int((past + counts).max()))
+        shared = past[:1] if (past == past[0]).all() and not self.whole else past
         before = torch.from_numpy(shared).to(self.device)[:, None]  # [B or 1, 1]
-        positions = before + torch.arange(width, device=self.device)
-        q = positions[:, None, :, None]
-        slots = torch.arange(ring, device=self.device)
-        newest = before - 1
-        held = newest - (newest - slots).remainder(text.window_keys)  # the position in each slot of the ring
-        in_ring = (held[:, None, None] >= 0) & (held[:, None, None] > q - text.sliding_window)
-        in_chunk = (positions[:, None, None] <= q) & (positions[:, None, None] > q - text.sliding_window)
         return Chunk(
-            positions=positions,
-            full=torch.arange(extent, device=self.device) <= q,
-            sliding=torch.cat([in_ring, in_chunk], -1),
-            ring=ring,
-            extent=extent,
-            full_places=self._places(width, counts, None),
-            ring_places=self._places(width, counts, text.window_keys),
+            positions=before + torch.arange(width, device=self.device),
+            before=torch.from_numpy(past.astype(np.int32)).to(self.device),
+            full_slots=self._slots(width, counts, None),
+            ring_slots=self._slots(width, counts, text.window_keys),
+            held=(int(past.max()), int(min(past.max(), text.window_keys))),
         )
 
-    def _places(self, width: int, counts: np.ndarray, ring: int | None) -> Places:
-        token, canvas = np.arange(width), self.config.canvas_length
+    def _slots(self, width: int, counts: np.ndarray, ring: int | None) -> Tensor:
+        token = np.arange(width)
         kept = token < counts[:, None]
+        slots = self.lengths[:, None] + token
         if ring is not None:
             kept &= token >= counts[:, None] - ring  # older ones would be overwritten at once
-        rows, tokens = np.nonzero(kept)
-        slots = self.lengths[rows] + tokens
-        slots = canvas + (slots if ring is None else slots % ring)
-        return Places(*(torch.from_numpy(index).to(self.device) for index in (rows, tokens, slots)))
+            slots = slots % ring
+        return torch.from_numpy(np.where(kept, self.config.canvas_length + slots, 0)).to(self.device)
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """Store a chunk's k, v [B, K, T, d]; the keys, values and mask that its queries see come back."""
-        canvas, full = self.config.canvas_length, self.config.text.full(layer)
-        places = chunk.full_places if full else chunk.ring_places
-        seen = []
+    def scratch(self, layer: int, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Room for a chunk's own keys and values [B, K, T, d], until it has attended."""
+        k = self.layers[layer][0]
+        shape = (*k.shape[:2], chunk.full_slots.shape[1], k.shape[3])
+        return k.new_empty(shape), k.new_empty(shape)
+
+    def store(self, layer: int, k: Tensor, v: Tensor, chunk: Chunk) -> None:
+        """A chunk's k, v [B, K, T, d] to their slots."""
+        slots = chunk.full_slots if self.config.text.full(layer) else chunk.ring_slots
+        rows = torch.arange(len(slots), device=self.device)[:, None]
         for buffer, new in zip(self.layers[layer], (k, v), strict=True):
-            if not full:  # joined before the ring moves on
-                seen.append(torch.cat([buffer[:, :, canvas : canvas + chunk.ring], new], 2))
-            buffer[places.rows, :, places.slots] = new[places.rows, :, places.tokens]
-            if full:
-                seen.append(buffer[:, :, canvas : canvas + chunk.extent])
-        return seen[0], seen[1], chunk.full if full else chunk.sliding
+            buffer[rows, :, slots] = new.transpose(1, 2)
 
     def _reserve(self, extent: int) -> None:
         """Room for ``extent`` positions: by doubling, so that few blocks copy; a ring stops at W - 1."""

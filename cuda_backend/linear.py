@@ -1,8 +1,7 @@
 """Matrices on the device as the checkpoint stores them, and the two products that read them.
 
-``linear`` and ``grouped_linear`` are the only places where a weight is multiplied. A packed weight stays packed: each
-product unpacks the one matrix, or bank of experts, that it needs, and lets it go. What unpacking means is in
-``dequantize.py``.
+A packed weight stays packed: each plain product unpacks the one matrix, or bank of experts, that it needs, and lets it
+go. What unpacking means is in ``dequantize.py``; the kernels that multiply packed weights are in ``kernels``.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from torch import Tensor
 from mlx_diffgemma.formats.encoding import Encoding
 
 from .dequantize import dequantize
+from .kernels.fp8_gemm import fp8_linear_ops
+from .kernels.quantize import Fp8Rows, Rows
 
 PIECE = 2**25  # values unpacked at a time: in float32, 128 MiB
 
@@ -42,11 +43,15 @@ class Dense:
 
 @dataclass(frozen=True)
 class Quantized:
-    """``parts`` as ``encoding`` has them for a weight of ``shape``, [out, in] or [E, out, in]."""
+    """``parts`` as ``encoding`` has them for a weight of ``shape``, [out, in] or [E, out, in].
+
+    ``fp8_activations``: what it is multiplied with is rounded to FP8 first, so that the product itself is in FP8.
+    """
 
     encoding: Encoding
     shape: tuple[int, ...]
     parts: Mapping[str, Tensor]
+    fp8_activations: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -98,9 +103,17 @@ class Stack:
 Weight = Dense | Quantized | Stack
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
-    """x [..., in] times the transposed weight [out, in]: [..., out]."""
-    return F.linear(x, weight.dense(x.dtype))
+def takes_fp8(weight: Weight) -> bool:
+    """Whether ``weight`` is multiplied with ``Fp8Rows``."""
+    return isinstance(weight, Quantized) and weight.fp8_activations
+
+
+def linear(x: Rows, weight: Weight, dtype: torch.dtype) -> Tensor:
+    """x [N, in] times the transposed weight [out, in]: [N, out] in ``dtype``."""
+    if isinstance(x, Fp8Rows):
+        assert isinstance(weight, Quantized) and weight.fp8_activations
+        return fp8_linear_ops(x, weight.parts["weight"], weight.parts["scales"], dtype)
+    return F.linear(x, weight.dense(dtype))
 
 
 def grouped_linear(x: Tensor, bank: Weight, ends: Tensor) -> Tensor:

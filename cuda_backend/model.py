@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,21 +16,45 @@ from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.errors import OptionError
 
 from .cache import Prefix, TorchCache
+from .graphs import Capture, Graphs, GraphState
+from .kernels.head import log_probabilities, logits_chunks, soften
+from .kernels.ops import Ops
 from .network import Network, Trace
-from .step import State, begin, step
-from .vocabulary import logits, scratch, slices, soften
+from .step import Commit, State, begin, step
+from .view import Reader, unpack
 from .weights import Weights
 
-CHUNK = 512  # tokens of one encoding pass, so that a mask stays small beside the keys it hides
+CHUNK = {"cpu": 512, "cuda": 2048}  # tokens of one encoding pass: on a GPU, enough for the experts to be worth reading
+SLICE = 2**23  # logits of an inspection softened at a time
+OWED = "a committed canvas is read by the first step of its block: take it first"
 INSPECTED = ("logits", "hidden", "router", "router_probabilities")
 
 
 class TorchModel:
     """One checkpoint on one device. ``network`` holds the weights, ``device`` where they are."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        device: torch.device,
+        dtype: torch.dtype,
+        ops: Ops,
+        capture: Capture | None = None,
+        whole: bool = False,
+        about: Mapping[str, Any] | None = None,
+    ):
+        """``capture``: how a step becomes a graph, if it does. ``whole``: see ``TorchCache``; a graph needs it.
+
+        ``about``: what more there is to ``describe``.
+        """
+        self.about = dict(about or {})
+        self.whole = whole or capture is not None
         self.config, self.device, self.dtype = config, device, dtype
-        self.network = Network(config.text, weights)
+        self.network = Network(config.text, weights, ops)
+        self.graphs = Graphs(functools.partial(step, config, self.network), capture) if capture else None
+        self.reader = Reader(device)
+        self.chunk = CHUNK[device.type]
 
     def describe(self) -> dict[str, Any]:
         weights, remarks = self.network.weights, self.network.weights.remarks
@@ -37,11 +62,11 @@ class TorchModel:
             "backend": self.device.type,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "dtype": str(self.dtype).removeprefix("torch."),
-            "kernels": "ops",
             "weight_bytes": weights.nbytes,
             "formats": dict(remarks.formats),
             "approximations": list(remarks.approximations),
             "notes": list(remarks.notes),
+            **self.about,
         }
 
     def peak_memory(self) -> int:
@@ -66,17 +91,19 @@ class TorchModel:
         """
         ids = np.asarray(tokens, np.int64)
         counts = np.full(len(ids), ids.shape[1], np.int64) if lengths is None else np.asarray(lengths, np.int64)
-        cache = cache or TorchCache(self.config, len(ids), self.device, self.dtype)
+        if cache is None:
+            cache = TorchCache(self.config, len(ids), self.device, self.dtype, whole=self.whole)
         assert ids.shape[:1] == counts.shape == cache.lengths.shape, "one row of tokens per row of the cache"
+        assert not cache.owed, OWED
         streams = []
-        for start in range(0, int(counts.max(initial=0)), CHUNK):
-            width = min(CHUNK, int(counts.max()) - start)
+        for start in range(0, int(counts.max(initial=0)), self.chunk):
+            width = min(self.chunk, int(counts.max()) - start)
             inside = np.clip(counts - start, 0, width)
             piece = torch.from_numpy(ids[:, start : start + width]).to(self.device)
             h = self.network.encode(piece, cache, cache.chunk(width, inside))
             cache.lengths += inside
             if score:
-                streams.append(h)
+                streams.append(h.unflatten(0, piece.shape))
         cache.scores = self._scores(streams, ids, counts) if score else None
         return cache
 
@@ -86,22 +113,11 @@ class TorchModel:
         if not len(rows):
             return scores
         at = [torch.from_numpy(index).to(self.device) for index in (rows, positions)]
-        hidden = self.network.norm(torch.cat(streams, 1)[at[0], at[1]], self.network.weights.norm)
-        target = torch.from_numpy(ids[rows, positions + 1]).to(self.device)[:, None]
-        found = []
-        for part, block in self._logits(hidden):
-            chosen = block.gather(1, target[part])[:, 0]
-            greatest = block.amax(-1, keepdim=True)
-            found.append(chosen - greatest[:, 0] - block.sub_(greatest).exp_().sum(-1).log())
-        scores[rows, positions + 1] = torch.cat(found).cpu().numpy()
+        hidden = torch.cat(streams, 1)[at[0], at[1]]
+        target = torch.from_numpy(ids[rows, positions + 1]).to(self.device)
+        table, cap = self.network.weights.embed_tokens, self.config.text.final_logit_softcapping
+        scores[rows, positions + 1] = log_probabilities(hidden, table, cap, target).cpu().numpy()
         return scores
-
-    def _logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """float32 logits of hidden states [N, D], a slice of rows at a time, in a buffer that the next one reuses."""
-        table = self.network.weights.embed_tokens
-        buffer = scratch(len(hidden), len(table), self.device).first
-        for part in slices(len(hidden), len(table)):
-            yield part, logits(hidden[part], table, self.config.text, buffer[: part.stop - part.start])
 
     # ---- denoising
 
@@ -112,12 +128,30 @@ class TorchModel:
         specs: Sequence[CanvasSpec],
         *,
         commit: tuple[np.ndarray, np.ndarray] | None = None,
-    ) -> State:
-        """Start a block, one spec per row of the cache, which must not be extended before the block is over."""
-        if commit is not None:
-            self.encode(commit[0], cache, lengths=commit[1])
+    ) -> State | GraphState:
+        """Start a block, one spec per row of the cache, which must not be extended before the block is over.
+
+        What is committed is read by the block's first step, in one forward with it; until then the cache owes it. A
+        block in which nothing is to be decided has no step, so there it is read at once.
+        """
         assert len(specs) == len(cache.lengths), "one spec per row"
-        return begin(self.config, self.network, self._prefix(cache), specs)
+        assert not cache.owed, OWED
+        pending = None
+        if commit is not None and all(spec.decided(self.config.canvas_length) for spec in specs):
+            self.encode(commit[0], cache, lengths=commit[1])
+        elif commit is not None and commit[1].any():
+            pending = self._commit(cache, *commit)
+        state = begin(self.config, self.network, self._prefix(cache), specs, pending)
+        return self.graphs.begin(state) if self.graphs else state
+
+    def _commit(self, cache: TorchCache, tokens: np.ndarray, lengths: np.ndarray) -> Commit:
+        """Room for ``tokens`` [B, T], of which ``lengths`` [B] count; their keys come with the first step."""
+        ids = torch.from_numpy(np.asarray(tokens, np.int64)).to(self.device)
+        counts = np.asarray(lengths, np.int64)
+        chunk = cache.chunk(ids.shape[1], counts)
+        cache.lengths += counts
+        cache.owed = True
+        return Commit(ids, cache, chunk)
 
     def _prefix(self, cache: TorchCache) -> Prefix:
         first = torch.from_numpy(cache.lengths).to(self.device)[:, None]
@@ -125,37 +159,22 @@ class TorchModel:
         return cache.prefix(self.network.turns(positions))
 
     @torch.inference_mode()
-    def step(self, state: State) -> State:
+    def step(self, state: State | GraphState) -> State | GraphState:
         """One denoising step, enqueued on the device and not waited for."""
-        return step(self.config, self.network, state)
+        after: State | GraphState
+        if isinstance(state, GraphState):
+            assert self.graphs, "a state of another model"
+            after = self.graphs.step(state)
+        else:
+            after = step(self.config, self.network, state)
+        if state.block.commit is not None:
+            state.block.commit.cache.owed = False
+        return after
 
     @torch.inference_mode()
-    def read(self, state: State) -> CanvasView:
+    def read(self, state: State | GraphState) -> CanvasView:
         """The last step's results, in one transfer of 20 bytes per position."""
-        length = self.config.canvas_length
-        packed = torch.cat(
-            [
-                state.canvas,
-                state.argmax,
-                state.accepted.int(),
-                state.entropy.view(torch.int32),
-                state.confidence.view(torch.int32),
-                state.done.int()[:, None],
-                state.steps[:, None],
-            ],
-            dim=1,
-        )
-        host = packed.cpu().numpy()
-        canvas, argmax, accepted, entropy, confidence = (host[:, i * length : (i + 1) * length] for i in range(5))
-        return CanvasView(
-            canvas=canvas.copy(),
-            argmax=argmax.copy(),
-            accepted=accepted.astype(np.bool_),
-            entropy=entropy.copy().view(np.float32),
-            confidence=confidence.copy().view(np.float32),
-            done=host[:, -2].astype(np.bool_),
-            steps=host[:, -1].copy(),
-        )
+        return unpack(self.reader(state.view()))
 
     # ---- explaining
 
@@ -178,29 +197,31 @@ class TorchModel:
             raise OptionError(f"want={unknown[0]!r} is unknown; choose of {', '.join(INSPECTED)}")
         ids = torch.from_numpy(np.asarray(canvas, np.int64)).to(self.device)
         trace = Trace()
-        hidden = self.network.decode(ids, self._soft(ids, previous), self._prefix(cache), trace)
-        flat = hidden.flatten(0, 1)
+        hidden = self.network.denoise(ids, self._soft(ids, previous), self._prefix(cache), trace=trace)
         found = {}
         if "logits" in want:
-            out = np.empty((len(flat), self.config.text.vocab_size), np.float32)
-            for part, block in self._logits(flat):
-                out[part] = block.cpu().numpy()
+            out = np.empty((len(hidden), self.config.text.vocab_size), np.float32)
+            table, cap = self.network.weights.embed_tokens, self.config.text.final_logit_softcapping
+            for part, block in logits_chunks(hidden, table, cap):
+                out[:, part] = block.cpu().numpy()
             found["logits"] = out.reshape(*ids.shape, -1)
         if "hidden" in want:
-            found["hidden"] = hidden.float().cpu().numpy()
+            found["hidden"] = hidden.unflatten(0, ids.shape).float().cpu().numpy()
         if "router" in want:
-            found["router"] = torch.stack(trace.chosen, 1).int().cpu().numpy()
+            found["router"] = by_row(trace.chosen, ids).int().cpu().numpy()
         if "router_probabilities" in want:
-            found["router_probabilities"] = torch.stack(trace.odds, 1).cpu().numpy()
+            found["router_probabilities"] = by_row(trace.odds, ids).cpu().numpy()
         return found
 
-    def _soft(self, ids: Tensor, previous: np.ndarray | None) -> Tensor:
-        table = self.network.weights.embed_tokens
+    def _soft(self, ids: Tensor, previous: np.ndarray | None) -> Tensor | None:
+        """The soft embedding [B C, D] of given logits, some rows at a time."""
         if previous is None:
-            return table.new_zeros((*ids.shape, table.shape[1]))
-        flat = np.asarray(previous, np.float32).reshape(ids.numel(), -1)
-        parts = [
-            soften(torch.from_numpy(flat[part]).to(self.device), table, self.network.scale)
-            for part in slices(len(flat), len(table))
-        ]
-        return torch.cat(parts).view(*ids.shape, -1)
+            return None
+        flat = torch.from_numpy(np.asarray(previous, np.float32).reshape(ids.numel(), -1))
+        table, rows = self.network.weights.embed_tokens, max(1, SLICE // flat.shape[1])
+        return torch.cat([soften(part.to(self.device), table, self.network.scale) for part in flat.split(rows)])
+
+
+def by_row(layers: list[Tensor], ids: Tensor) -> Tensor:
+    """One [B C, n] per layer -> [B, layers, C, n]."""
+    return torch.stack([layer.unflatten(0, ids.shape) for layer in layers], 1)

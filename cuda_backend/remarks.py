@@ -12,18 +12,34 @@ from mlx_diffgemma.formats.encoding import Encoding
 from mlx_diffgemma.formats.stored import Stored
 from mlx_diffgemma.tensors import VISION
 
+FP8_ACTIVATIONS = "activations are rounded to FP8, token by token, where the weights are in FP8 (activations='fp8')"
+FP8_HEAD = "logits are made from an FP8 copy of the embedding and hidden states in FP8 (head='fp8')"
+UNPACKED = "packed weights are dequantized to {} for every product: slow, but small in memory"
 
-def remarks(checkpoint: Checkpoint, dtype: str) -> Remarks:
-    """Of the text model of ``checkpoint``, computed in ``dtype``."""
+
+def remarks(
+    checkpoint: Checkpoint,
+    dtype: str,
+    *,
+    activations: str | None = None,
+    head: str | None = None,
+    unpacked: bool = True,
+) -> Remarks:
+    """Of the text model of ``checkpoint``, computed in ``dtype``; the options are those of ``LoadOptions``.
+
+    ``unpacked``: that packed weights have no kernels.
+    """
     text = {name: checkpoint.tensors[name] for name, row in checkpoint.table.items() if row.role not in VISION}
     formats = Counter(_held(name, stored, dtype) for name, stored in text.items())
     matrices = [stored for stored in text.values() if len(stored.shape) > 1]
     rounded = {stored.format: stored.quantized for stored in matrices if not _exact(stored.encoding, dtype)}
     coarse = ", ".join(sorted(name for name, quantized in rounded.items() if quantized))
-    approximations = (f"dequantized weights ({coarse}) are rounded to {dtype}",) if coarse else ()
+    approximations = [f"dequantized weights ({coarse}) are rounded to {dtype}"] if coarse else []
+    approximations += [FP8_ACTIVATIONS] if activations else []
+    approximations += [FP8_HEAD] if head else []
     dense = sorted(name for name, quantized in rounded.items() if not quantized)
     notes = [f"{name} weights are rounded to {dtype}; dtype='float32' keeps them" for name in dense]
-    return Remarks(dict(formats), approximations, (*notes, *_notes(checkpoint, text, dtype)))
+    return Remarks(dict(formats), tuple(approximations), (*notes, *_notes(checkpoint, text, dtype, unpacked)))
 
 
 def _packed(name: str, stored: Stored) -> bool:
@@ -43,10 +59,10 @@ def _exact(encoding: Encoding, dtype: str) -> bool:
     return encoding.mode == "dense" and encoding.dtype == dtype
 
 
-def _notes(checkpoint: Checkpoint, text: dict[str, Stored], dtype: str) -> Iterator[str]:
+def _notes(checkpoint: Checkpoint, text: dict[str, Stored], dtype: str, unpacked: bool) -> Iterator[str]:
     if text[EMBEDDING].quantized:
         yield f"the embedding ({text[EMBEDDING].format}) is dequantized at load and held in {dtype}"
-    if any(_packed(name, stored) for name, stored in text.items()):
-        yield f"packed weights are dequantized to {dtype} for every product: slow, but small in memory"
+    if unpacked and any(_packed(name, stored) for name, stored in text.items()):
+        yield UNPACKED.format(dtype)
     if checkpoint.config.vision:
         yield TEXT_ONLY

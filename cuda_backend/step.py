@@ -2,7 +2,10 @@
 
 ``Block`` is what a block's rows are told, made once; ``State`` is where they are. Every table has its first axis over
 steps, so that the step's number stays on the device as well and a step can be captured in a graph.
-The rules are those of ``mlx_diffgemma.sampling.rules``, which see.
+
+A step begins with what the one before it left: the soft embedding of the self-conditioning is made from its hidden
+states, a second pass over the vocabulary that a row's last step so never makes. The rules are those of
+``mlx_diffgemma.sampling.rules``, which see.
 """
 
 from __future__ import annotations
@@ -18,12 +21,20 @@ from mlx_diffgemma.backend import CanvasSpec, Masks
 from mlx_diffgemma.config import UNSET, GenerationConfig, ModelConfig
 from mlx_diffgemma.sampling import rules
 
-from .cache import Prefix
+from .cache import Chunk, Prefix, TorchCache
+from .kernels.head import Bias, Seen, bias_of_bans
 from .network import Network
 from .noise import BatchNoise, batch_noise
-from .vocabulary import Scratch, look, scratch, slices
+from .view import pack
 
-Bans = list[tuple[Tensor, Tensor] | None]
+
+@dataclass(frozen=True)
+class Commit:
+    """Finished canvases that the first step reads into the cache, in one forward with its own."""
+
+    tokens: Tensor  # int64 [B, T]
+    cache: TorchCache
+    chunk: Chunk
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Block:
     """What is fixed while a block is denoised. N steps, H steps of history."""
 
     prefix: Prefix
+    commit: Commit | None
     draw: Tensor  # float32 [N, B, C]
     renoise: Tensor  # int32 [N, B, C], ``renoise_from`` already in it
     temperature: Tensor  # float32 [N, B]
@@ -41,8 +53,16 @@ class Block:
     depth: Tensor  # bool [H, B], which entries of the history must equal the newest argmax
     confident: Tensor  # float32 [B]; minus infinity where a row never stops early
     cap: Tensor  # int32 [B]
-    bans: Bans
-    buffers: Scratch
+    bias: Bias | None
+
+
+@dataclass(frozen=True)
+class Last:
+    """What the next step needs of the one before to condition itself: N = B C rows."""
+
+    hidden: Tensor  # [N, D], model dtype
+    temperature: Tensor  # float32 [N]
+    seen: Seen
 
 
 @dataclass(frozen=True)
@@ -50,19 +70,25 @@ class State:
     """A batch of canvases in progress. [B, C] unless said otherwise."""
 
     block: Block
+    last: Last | None  # None before the first step
     at: Tensor  # int64 [1], the step to come
     canvas: Tensor  # int32
     argmax: Tensor  # int32
     accepted: Tensor  # bool
     entropy: Tensor  # float32
     confidence: Tensor  # float32
-    soft: Tensor  # [B, C, D], model dtype
     history: Tensor  # int32 [H, B, C], newest last
     done: Tensor  # bool [B]
     steps: Tensor  # int32 [B]
 
+    def view(self) -> Tensor:
+        """All that ``CanvasView`` shows, in one tensor."""
+        return pack(self.canvas, self.argmax, self.accepted, self.entropy, self.confidence, self.done, self.steps)
 
-def begin(config: ModelConfig, network: Network, prefix: Prefix, specs: Sequence[CanvasSpec]) -> State:
+
+def begin(
+    config: ModelConfig, network: Network, prefix: Prefix, specs: Sequence[CanvasSpec], commit: Commit | None
+) -> State:
     """The state before the first step. Noise, temperatures and masks of all steps are made here."""
     device = network.weights.embed_tokens.device
     length, vocab = config.canvas_length, config.text.vocab_size
@@ -72,17 +98,17 @@ def begin(config: ModelConfig, network: Network, prefix: Prefix, specs: Sequence
     noise = batch_noise(specs, steps=steps, length=length, vocab_size=vocab, device=device)
     clamp = stacked([m.clamp for m in masks], length, device)
     canvas = given(clamp, given(stacked([m.init for m in masks], length, device), noise.start))
-    block = _block(config, prefix, noise, settings, masks, clamp)
+    block = _block(config, prefix, commit, noise, settings, masks, clamp)
     zeros = torch.zeros(canvas.shape, device=device)
     return State(
         block=block,
+        last=None,
         at=torch.zeros(1, dtype=torch.int64, device=device),
         canvas=canvas,
         argmax=canvas,
         accepted=torch.zeros_like(block.free),
         entropy=zeros,
         confidence=zeros,
-        soft=torch.zeros((*canvas.shape, config.text.hidden_size), dtype=network.dtype, device=device),
         history=canvas.new_full((len(block.depth), *canvas.shape), UNSET),
         done=~block.free.any(-1),
         steps=torch.zeros(len(specs), dtype=torch.int32, device=device),
@@ -92,6 +118,7 @@ def begin(config: ModelConfig, network: Network, prefix: Prefix, specs: Sequence
 def _block(
     config: ModelConfig,
     prefix: Prefix,
+    commit: Commit | None,
     noise: BatchNoise,
     settings: Sequence[GenerationConfig],
     masks: Sequence[Masks],
@@ -114,6 +141,7 @@ def _block(
     limits = [(s.confidence_threshold or 0.0) if stop else -np.inf for s, stop in zip(settings, stops, strict=True)]
     return Block(
         prefix=prefix,
+        commit=commit,
         draw=noise.draw,
         renoise=given(stacked([m.renoise_from for m in masks], length, device), noise.renoise),
         temperature=put(temperature, torch.float32),
@@ -124,8 +152,7 @@ def _block(
         depth=put(age <= np.array(depths), torch.bool),
         confident=put(limits, torch.float32),
         cap=put([s.max_denoising_steps for s in settings], torch.int32),
-        bans=banned_by_slice(masks, length, vocab, device),
-        buffers=scratch(count * length, vocab, device),
+        bias=bias_of_bans([(m.banned, m.banned_until) for m in masks], length, vocab, device),
     )
 
 
@@ -140,36 +167,19 @@ def given(mask: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where(mask == UNSET, otherwise, mask)
 
 
-def banned_by_slice(masks: Sequence[Masks], length: int, vocab_size: int, device: torch.device) -> Bans:
-    """Per slice of the vocabulary pass, (row in the slice, id) of all that is banned there; None where nothing is."""
-    pairs = [
-        (np.repeat(np.arange(m.banned_until) + row * length, len(m.banned)), np.tile(m.banned, m.banned_until))
-        for row, m in enumerate(masks)
-    ]
-    table = np.concatenate([np.stack(pair, -1) for pair in pairs]).astype(np.int64)
-    found: Bans = []
-    for rows in slices(len(masks) * length, vocab_size):
-        inside = table[(table[:, 0] >= rows.start) & (table[:, 0] < rows.stop)] - (rows.start, 0)
-        index = torch.from_numpy(inside).to(device)
-        found.append((index[:, 0], index[:, 1]) if len(inside) else None)
-    return found
-
-
 def step(config: ModelConfig, network: Network, state: State) -> State:
     """One denoising step of every row; a finished row keeps what it has."""
-    block = state.block
-    shape = state.canvas.shape
-    hidden = network.decode(state.canvas, state.soft, block.prefix)
+    block, shape, table = state.block, state.canvas.shape, network.weights.embed_tokens
+    hidden = _hidden(config, network, state)
     at = state.at.clamp_max(len(block.draw) - 1)
-    seen = look(
-        hidden.flatten(0, 1),
-        network.weights.embed_tokens,
-        config.text,
-        scale=network.scale,
-        temperature=block.temperature.index_select(0, at)[0].repeat_interleave(shape[1]),
+    temperature = block.temperature.index_select(0, at)[0].repeat_interleave(shape[1])
+    seen = network.ops.look(
+        hidden,
+        table,
+        config.text.final_logit_softcapping,
+        temperature=temperature,
         uniform=block.draw.index_select(0, at).flatten(),
-        bans=block.bans,
-        buffers=block.buffers,
+        bias=block.bias,
     )
     best = seen.argmax.view(shape).int()
     drawn = torch.where(block.greedy[:, None], best, seen.drawn.view(shape).int())
@@ -181,21 +191,41 @@ def step(config: ModelConfig, network: Network, state: State) -> State:
     stop = stable(state.history, argmax, block.depth) & (mean(entropy, block.free) < block.confident)
 
     def thaw(new: Tensor, old: Tensor) -> Tensor:
-        return torch.where(state.done.view(-1, *[1] * (new.ndim - 1)), old, new)
+        return torch.where(state.done[:, None], old, new)
 
     return State(
         block=block,
+        last=Last(hidden, temperature, seen),
         at=state.at + 1,
         canvas=thaw(canvas, state.canvas),
         argmax=thaw(argmax, state.argmax),
         accepted=thaw(accepted, state.accepted),
         entropy=thaw(entropy, state.entropy),
         confidence=thaw(seen.confidence.view(shape), state.confidence),
-        soft=thaw(seen.soft.view_as(state.soft), state.soft),
         history=torch.cat([state.history, argmax[None]])[1:],
         done=state.done | stop | (steps >= block.cap),
         steps=steps,
     )
+
+
+def _hidden(config: ModelConfig, network: Network, state: State) -> Tensor:
+    """Hidden states [B C, D] of the canvas that the state holds; of a block's first step, the commit with them."""
+    block, last = state.block, state.last
+    if last is not None:
+        soft = network.ops.soft(
+            last.hidden,
+            network.weights.embed_tokens,
+            config.text.final_logit_softcapping,
+            scale=network.scale,
+            temperature=last.temperature,
+            bias=block.bias,
+            seen=last.seen,
+        )
+        return network.denoise(state.canvas, soft, block.prefix)
+    if block.commit is None:
+        return network.denoise(state.canvas, None, block.prefix)
+    commit = block.commit
+    return network.commit_and_denoise(commit.tokens, commit.cache, commit.chunk, state.canvas, block.prefix)
 
 
 def accept(entropy: Tensor, bound: Tensor, free: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ reads whole, twice: it is unpacked here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -18,11 +19,12 @@ from torch import Tensor
 from mlx_diffgemma.backend import Remarks
 from mlx_diffgemma.formats import Checkpoint
 from mlx_diffgemma.formats.checkpoint import EMBEDDING
-from mlx_diffgemma.formats.encoding import Encoded
+from mlx_diffgemma.formats.encoding import Encoded, Encoding
 from mlx_diffgemma.formats.stored import Stored
 from mlx_diffgemma.tensors import DECODER, NORMS, encoder_scalar, layer_name
 
-from .linear import PIECE, Dense, Quantized, Stack, Weight
+from .kernels.fp8_gemm import fits
+from .linear import PIECE, Dense, Quantized, Stack, Weight, takes_fp8
 from .remarks import remarks
 
 STORED = {
@@ -88,12 +90,23 @@ class Weights:
     nbytes: int
     remarks: Remarks
 
+    @functools.cached_property
+    def scalars(self) -> tuple[Tensor, Tensor]:
+        """The layer scalars [layers] of both roles: of tokens read causally, and of a canvas."""
+        return (
+            torch.cat([layer.encoder_layer_scalar for layer in self.layers]),
+            torch.cat([layer.layer_scalar for layer in self.layers]),
+        )
+
 
 class Reader:
-    """Tensors of a checkpoint on one device, in one dtype where they are dense; counts what it hands out."""
+    """Tensors of a checkpoint on one device, in one dtype where they are dense; counts what it hands out.
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
-        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+    ``fp8``: weights in FP8 with a scale per row take activations in FP8, where their size allows the product.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, fp8: bool):
+        self.checkpoint, self.device, self.dtype, self.fp8 = checkpoint, device, dtype, fp8
         self.nbytes = 0
 
     def weight(self, *names: str) -> Weight:
@@ -125,6 +138,13 @@ class Reader:
             down_proj=self.weight(f"{at}.down_proj.weight"),
         )
 
+    def experts(self, at: str) -> Experts:
+        """Both banks take FP8 activations, or neither: what lies between them is made for the second by the first."""
+        banks = [self.weight(f"{at}.{name}") for name in ("gate_up_proj", "down_proj")]
+        if not all(map(takes_fp8, banks)):
+            banks = [replace(bank, fp8_activations=False) if takes_fp8(bank) else bank for bank in banks]
+        return Experts(*banks)
+
     def _counted(self, held: Held) -> Held:
         self.nbytes += held.nbytes
         return held
@@ -135,7 +155,13 @@ class Reader:
         if not first.encoding.quantized:
             return Dense(host_copy([piece.decode() for piece in pieces]).to(self.device, dtype))
         parts = {name: host_copy([piece.parts[name] for piece in pieces]).to(self.device) for name in first.parts}
-        return Quantized(first.encoding, (sum(piece.shape[0] for piece in pieces), *first.shape[1:]), parts)
+        shape = (sum(piece.shape[0] for piece in pieces), *first.shape[1:])
+        return Quantized(first.encoding, shape, parts, self.fp8 and fp8_product(first.encoding, shape))
+
+
+def fp8_product(encoding: Encoding, shape: tuple[int, ...]) -> bool:
+    """Whether a weight can be multiplied in FP8: one scale per row, and sizes that the hardware's product takes."""
+    return encoding.mode == "fp8" and not encoding.block and fits(*shape[-2:])
 
 
 def _alike(pieces: Sequence[Stored]) -> bool:
@@ -158,9 +184,12 @@ def host_copy(arrays: Sequence[np.ndarray]) -> Tensor:
     return host
 
 
-def read_weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Weights:
-    """All text weights of a checked checkpoint on ``device``, dense ones in ``dtype``. The vision tower is left out."""
-    read = Reader(checkpoint, device, dtype)
+def read_weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> Weights:
+    """All text weights of a checked checkpoint on ``device``, dense ones in ``dtype``. The vision tower is left out.
+
+    ``fp8``: see ``Reader``.
+    """
+    read = Reader(checkpoint, device, dtype, fp8)
     conditioning = f"{DECODER}.self_conditioning"
     text = checkpoint.config.text
     return Weights(
@@ -190,7 +219,7 @@ def _layer(read: Reader, layer: int, full: bool) -> Layer:
             scale=read.values(f"{at}.router.scale"),
             per_expert_scale=read.values(f"{at}.router.per_expert_scale"),
         ),
-        experts=Experts(read.weight(f"{at}.experts.gate_up_proj"), read.weight(f"{at}.experts.down_proj")),
+        experts=read.experts(f"{at}.experts"),
         norms={name: read.norm(f"{at}.{name}") for name in NORMS},
         layer_scalar=read.values(f"{at}.layer_scalar"),
         encoder_layer_scalar=read.values(encoder_scalar(layer)),

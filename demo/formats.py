@@ -29,10 +29,11 @@ RECIPES = {
     "experts4-fp8": "compressed-tensors",
     "q8_0": "gguf",
 }
+W8A8 = ("fp8", "experts4-fp8")  # once more, with activations in FP8 as well
 
 
-def answered(model: str | Path, backend: str, count: int) -> list[Answer]:
-    opened, processor = load(model, backend=backend, dtype="float32")
+def answered(model: str | Path, backend: str, count: int, activations: str | None = None) -> list[Answer]:
+    opened, processor = load(model, backend=backend, dtype="float32", activations=activations)
     return answers(opened, processor, evaluation_set(count))
 
 
@@ -43,7 +44,7 @@ def row(found: list[Answer]) -> dict:
 
 def line(recipe: str, cost: dict) -> str:
     low, high = cost["interval"]
-    return f"{recipe:13}{cost['right']:5} right  {cost['difference']:+.2%} [{low:+.2%}, {high:+.2%}]"
+    return f"{recipe:18}{cost['right']:5} right  {cost['difference']:+.2%} [{low:+.2%}, {high:+.2%}]"
 
 
 def main() -> None:
@@ -54,15 +55,20 @@ def main() -> None:
     options = parser.parse_args()
     whole = answered("demo", options.backend, options.count)
     rows = {"bf16": row(whole)}
+
+    def add(name: str, target: str, found: list[Answer]) -> None:
+        rows[name] = {"to": target} | row(found) | paired(whole, found)
+        print(line(name, rows[name]), flush=True)
+
     for recipe, target in RECIPES.items():
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / recipe
             arguments = ["demo", "--to", target, "--recipe", recipe, "--out", str(folder), "--quiet"]
             if convert(arguments):
                 raise SystemExit(f"the demo could not be converted with {' '.join(arguments)}")
-            found = answered(folder, options.backend, options.count)
-        rows[recipe] = {"to": target} | row(found) | paired(whole, found)
-        print(line(recipe, rows[recipe]), flush=True)
+            add(recipe, target, answered(folder, options.backend, options.count))
+            if recipe in W8A8:
+                add(f"{recipe} W8A8", target, answered(folder, options.backend, options.count, activations="fp8"))
     if options.out:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         record = {"commit": commit, "backend": options.backend, "dtype": "float32", "formats": rows}

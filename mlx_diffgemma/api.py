@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from os import PathLike, fspath
 from typing import Any
 
 from . import hub
-from .backend import Choice, Masks, Model, choose, implementation
+from .backend import LoadOptions, Masks, Model, choose, implementation
 from .config import GenerationConfig, ModelConfig
-from .errors import CheckpointError, MemoryBudgetError, OptionError
+from .errors import CheckpointError, OptionError
 from .events import Block, Draft, Event, Finished
-from .formats import Checkpoint, open_checkpoint
-from .formats.stored import Stored
+from .formats import open_checkpoint
+from .memory import check_fit
 from .prompts.processor import Processor, Prompt
 from .sampling import engine
 from .sampling.noise import fresh_seed
-from .tensors import item_bytes, tensor_table
 
 OPTIONS = {"seed", "stop", "masks", "enable_thinking", "system"} | {
     f.name for f in dataclasses.fields(GenerationConfig)
 }
-HEADROOM = 1.1  # weights times this must fit: activations and the cache of a short prompt
-SPARSE = 1.5  # bytes per weight on disk: dense checkpoints have 2 or 4, quantized ones at most 1.1
 
 
 def load(
-    model: str | PathLike[str], *, backend: str = "auto", dtype: str | None = None, revision: str | None = None
+    model: str | PathLike[str],
+    *,
+    backend: str = "auto",
+    dtype: str | None = None,
+    revision: str | None = None,
+    kernels: str = "auto",
+    activations: str | None = None,
+    head: str | None = None,
 ) -> tuple[Model, Processor]:
-    """Load a checkpoint.
+    """Load a checkpoint. What is approximate in what was loaded, and what it takes, says ``model.describe()``.
 
     Args:
         model: a hub name, a folder, a .gguf file with config and tokenizer beside it, or ``demo`` (packaged, 4 MB).
         backend: ``auto``, ``mlx``, ``cuda``, ``cpu`` (torch) or ``reference`` (NumPy).
         dtype: ``bfloat16`` or ``float32``; the checkpoint's own by default.
         revision: branch, tag or commit of a hub repository.
+        kernels, activations, head: of torch; see ``LoadOptions``.
 
     Returns:
         The model and its processor, as ``generate`` takes them.
@@ -46,59 +49,16 @@ def load(
         FileNotFoundError: nothing under that name. UserError: it cannot be read or cannot run here (see ``errors``).
     """
     choice = choose(backend)
-    if dtype not in (None, "bfloat16", "float32"):
-        raise OptionError(f"dtype={dtype!r} must be bfloat16 or float32")
-    code = implementation(choice)
+    options = LoadOptions(dtype, kernels, activations, head).checked(choice.name)
 
     def fits(config: ModelConfig, stored: int) -> None:
-        check_fit(choice, needed_bytes(config, stored, choice, dtype), code.memory(choice.device))
+        check_fit(choice, config, stored, options=options)
 
     checkpoint = open_checkpoint(hub.resolve(fspath(model), fits, revision))
-    fits(checkpoint.config, unpacked_bytes(checkpoint, choice))
+    check_fit(choice, checkpoint.config, checkpoint.nbytes, checkpoint, options)
     processor = Processor.from_folder(checkpoint.folder, checkpoint.generation)
-    return code.load(checkpoint, device=choice.device, dtype=dtype), processor
-
-
-def needed_bytes(config: ModelConfig, stored: int, choice: Choice, dtype: str | None) -> float:
-    """Bytes in memory of a checkpoint with ``stored`` bytes of weights; no more is known before it is downloaded.
-
-    Quantized weights stay packed in MLX, and in torch all but the embedding table. The reference computes from float32
-    values. MLX without a GPU widens dense experts, nearly all of a dense checkpoint, to float32.
-    """
-    rows, item = tensor_table(config).values(), item_bytes(config)
-    weights = sum(row.size for row in rows)
-    width = {"float32": 4, "bfloat16": 2, None: item}[dtype]
-    if choice.name == "reference":
-        return 4 * weights
-    if stored < SPARSE * weights:
-        table = sum(row.size for row in rows if row.role == "embedding")
-        return stored if choice.name == "mlx" else stored + table * width
-    return stored / item * (4 if choice.name == "mlx" and sys.platform != "darwin" else width)
-
-
-def unpacked_bytes(checkpoint: Checkpoint, choice: Choice) -> int:
-    """Bytes of all tensors, in the config's dtype where the backend has no product for what is stored.
-
-    That is GGUF's K-quants, and in MLX FP8 in blocks.
-    """
-    width = item_bytes(checkpoint.config)
-
-    def held(stored: Stored) -> int:
-        blocks = stored.encoding.block and choice.name == "mlx"
-        packed = stored.encoding.quantized and not blocks
-        return stored.nbytes if packed or not stored.quantized else width * math.prod(stored.shape)
-
-    return sum(map(held, checkpoint.tensors.values()))
-
-
-def check_fit(choice: Choice, needed: float, free: int) -> None:
-    """Raise ``MemoryBudgetError`` when ``needed`` bytes of weights cannot fit into ``free`` (0 = unknown, passes)."""
-    if free and needed * HEADROOM > free:
-        raise MemoryBudgetError(
-            f"the model needs {needed * HEADROOM / 1e9:.1f} GB on backend {choice.name!r}; "
-            f"{free / 1e9:.1f} GB are free: close other programs, use a machine with more memory, "
-            "or a smaller checkpoint"
-        )
+    code = implementation(choice)
+    return code.load(checkpoint, device=choice.device, dtype=dtype, **options.chosen()), processor
 
 
 def generate(model: Model, processor: Processor, prompt: Prompt, **options: Any) -> Finished:

@@ -6,6 +6,7 @@ crosses is a ``CanvasView`` of a few kilobytes. This file is the only place wher
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import sys
@@ -20,9 +21,11 @@ from .errors import BackendError, OptionError
 
 if TYPE_CHECKING:
     from .formats import Checkpoint
+    from .memory import MemoryPlan
 
 Array = np.ndarray
 TEXT_ONLY = "text only: the vision tower is not loaded"  # a note for ``describe()``
+KERNELS = ("auto", "ops", "fused")
 
 
 @dataclass(frozen=True)
@@ -194,11 +197,68 @@ class Model(Protocol):
 
 
 class Backend(Protocol):
-    """A backend package: ``load`` builds a model on a device, ``memory`` says how much it may use there."""
+    """A backend package."""
 
-    def load(self, checkpoint: Checkpoint, *, device: str, dtype: str | None) -> Model: ...
+    def load(self, checkpoint: Checkpoint, *, device: str, dtype: str | None, **options: str) -> Model:
+        """Build the model on a device. ``options``: see ``LoadOptions.chosen``."""
+        ...
 
-    def memory(self, device: str) -> int: ...  # bytes
+    def memory(self, device: str) -> int:
+        """Bytes that a model may use there; 0 where the system does not tell."""
+        ...
+
+    def plan(
+        self,
+        config: ModelConfig,
+        stored: int,
+        checkpoint: Checkpoint | None,
+        *,
+        device: str,
+        options: LoadOptions,
+    ) -> MemoryPlan:
+        """What ``stored`` bytes of weights will take. Before they are downloaded there is no ``checkpoint``."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is computed. The defaults are exact.
+
+    Args:
+        dtype: ``bfloat16`` or ``float32``; the checkpoint's own by default.
+        kernels: ``ops`` are the framework's plain operations, ``fused`` uses every kernel there is for the device,
+            ``auto`` those that were proven on such a device.
+        activations: ``fp8`` rounds what is multiplied with FP8 weights to FP8 as well, token by token.
+        head: ``fp8`` makes the logits from an FP8 copy of the embedding.
+    """
+
+    dtype: str | None = None
+    kernels: str = "auto"
+    activations: str | None = None
+    head: str | None = None
+
+    def checked(self, backend: str) -> LoadOptions:
+        """Itself.
+
+        Raises:
+            OptionError: a value that is unknown, or that the backend does not have.
+        """
+        if self.dtype not in (None, "bfloat16", "float32"):
+            raise OptionError(f"dtype={self.dtype!r} must be bfloat16 or float32")
+        if self.kernels not in KERNELS:
+            raise OptionError(f"kernels={self.kernels!r} is unknown; choose {', '.join(KERNELS)}")
+        for name in ("activations", "head"):
+            if getattr(self, name) not in (None, "fp8"):
+                raise OptionError(f"{name}={getattr(self, name)!r} is unknown; choose fp8, or leave it out")
+        if backend not in ("cuda", "cpu"):
+            for name, value in self.chosen().items():
+                raise OptionError(f"{name}={value!r} is not available on backend {backend!r}: leave it out")
+        return self
+
+    def chosen(self) -> dict[str, str]:
+        """All but ``dtype`` that is not as by default: what only some backends take."""
+        every = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self) if f.name != "dtype"}
+        return {name: value for name, (value, default) in every.items() if value != default}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What each kind of NVIDIA GPU can do, as far as a kernel must know it. One row per compute capability.
 
+A capability that is not listed has no kernels: nothing was ever compiled for it, so nothing is guessed.
+
 ``shared`` is what one thread block may have (CUDA programming guide, table of technical specifications per compute
 capability). ``fp8``: whether tensor cores and compiler know e4m3, else FP8 weights are unpacked on the way.
 """
@@ -40,3 +42,15 @@ CARDS = {
         Card(120, "RTX 50, RTX PRO 6000", 99 * KIB, 188, fp8=True),
     )
 }
+
+ALIKE = {103: 100, 121: 120}  # B300 as B200, GB10 (DGX Spark) as RTX 50: the same limits, compiled for what they are
+
+
+def card_for(sm: int) -> Card | None:
+    """The row by which kernels are cut up on a GPU of this compute capability."""
+    return CARDS.get(ALIKE.get(sm, sm))
+
+
+def listed() -> str:
+    """All compute capabilities that have kernels, for a person."""
+    return ", ".join(f"sm_{sm}" for sm in sorted({*CARDS, *ALIKE}))

@@ -1,8 +1,8 @@
 """What kernels share: products, FP8 codes, functions that Triton lacks on some path.
 
-Triton's interpreter, which runs kernels on a CPU, is wrong in two places without saying so: ``tl.dot`` of bfloat16
-multiplies bit patterns, and a cast to e4m3 wraps instead of rounding. ``dot`` and ``to_e4m3`` go round both. Elsewhere
-the rule is: load, widen to float32 at once, and narrow only to store.
+Triton's interpreter, which runs kernels on a CPU, is wrong in three places without saying so: ``tl.dot`` of bfloat16
+multiplies bit patterns, a cast to e4m3 wraps instead of rounding, and a cast to bfloat16 cuts off. ``dot``, ``to_e4m3``
+and ``narrowed`` go round them. Elsewhere the rule is: load, widen to float32 at once, and narrow only to store.
 """
 
 from __future__ import annotations
@@ -27,7 +27,17 @@ def dot(a, b, acc):
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """float32 rounded to ``dtype`` and back: the numbers that pass through memory in a model of that dtype."""
-    return x.to(dtype).to(tl.float32)
+    return narrowed(x, dtype).to(tl.float32)
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """float32 -> ``dtype``, to nearest even; the interpreter's own cast to bfloat16 cuts off instead."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        even = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, even, x)
+    return x.to(dtype)
 
 
 @triton.jit

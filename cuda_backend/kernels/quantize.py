@@ -35,6 +35,9 @@ class Fp8Rows:
         return (self.codes.float() * self.scales).to(dtype)
 
 
+Rows = Tensor | Fp8Rows  # what a product reads: [N, D]
+
+
 def quantize_ops(x: Tensor) -> Fp8Rows:
     """x [N, D] in any float dtype."""
     wide = x.float()

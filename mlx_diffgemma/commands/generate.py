@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..api import load, stream_generate
-from ..backend import CHOICES, Model
+from ..backend import CHOICES, KERNELS, Model
 from ..config import GenerationConfig
 from ..errors import OptionError, UserError
 from ..events import Block, Event, Finished
+from ..memory import MemoryPlan
 from ..prompts.processor import Processor
 from ..sampling.noise import fresh_seed
 from ..terminal.live import LiveView, SilentView, StreamView, View, live_console
@@ -31,6 +32,7 @@ SAMPLER = {
     "confidence_threshold": (number_or_off, "NATS", "mean entropy below which a canvas ends early; 'off' likewise"),
     "temperature": (number, "X", "scales the schedule; 0 takes the likeliest token everywhere"),
 }
+LOAD = ("backend", "dtype", "revision", "kernels", "activations", "head")
 CALL = ("max_tokens", "seed", "stop", "system", "enable_thinking", *SAMPLER)
 
 
@@ -55,6 +57,11 @@ def parser() -> Parser:
     model.add_argument("--backend", default="auto", help=f"auto (default), {', '.join(CHOICES)}")
     model.add_argument("--dtype", help="bfloat16 or float32 (default: the checkpoint's own)")
     model.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    model.add_argument(
+        "--kernels", choices=KERNELS, default="auto", help="torch: auto (default: those proven on this GPU), ops, fused"
+    )
+    model.add_argument("--activations", choices=["fp8"], help="torch: round what meets FP8 weights to FP8 as well")
+    model.add_argument("--head", choices=["fp8"], help="torch: make the logits in FP8")
     answer = parse.add_argument_group("answer", "Without an option the checkpoint's own value rules.")
     answer.add_argument("--max-tokens", type=whole, metavar="N", default=unset, help="most tokens of the answer")
     answer.add_argument("--seed", type=whole, metavar="N", default=unset, help="repeats an answer (default: random)")
@@ -123,7 +130,8 @@ def run(options: argparse.Namespace) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows question marks, not a traceback
     check_early(given(options, CALL))
-    model, processor = load(options.model, backend=options.backend, dtype=options.dtype, revision=options.revision)
+    model, processor = load(options.model, **{name: getattr(options, name) for name in LOAD})
+    print_plan(model)
     call = {"seed": fresh_seed()} | given(options, CALL)  # known from the start: an interrupted answer reports it too
     events = stream_generate(model, processor, prompt, **call)
     view, record, status = choose_view(options, processor, call), Record(call["seed"]), 0
@@ -143,6 +151,13 @@ def run(options: argparse.Namespace) -> int:
     if options.stats:
         print(table(model, record.result(processor)), file=sys.stderr)
     return status
+
+
+def print_plan(model: Model) -> None:
+    """What it takes in memory, on stderr, where the backend has counted it."""
+    about = model.describe()
+    if "memory" in about:
+        print(MemoryPlan.of(about["memory"]).line(about["device"]), file=sys.stderr)
 
 
 def check_early(call: dict[str, Any]) -> None:

@@ -11,9 +11,12 @@ import mlx.core as mx
 from ..errors import BackendError
 from ..formats import Checkpoint
 from ..machine import free_memory
+from .budget import plan
 from .model import MLXModel
 from .network import Network
 from .weights import DTYPES, read_weights
+
+__all__ = ["load", "memory", "plan"]
 
 
 def load(checkpoint: Checkpoint, *, device: str = "auto", dtype: str | None = None) -> MLXModel:

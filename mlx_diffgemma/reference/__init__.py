@@ -5,11 +5,13 @@ Read ``network.py`` to learn what DiffusionGemma computes, ``model.py`` for what
 
 from __future__ import annotations
 
-from ..backend import CHOICES
+from ..backend import CHOICES, LoadOptions
+from ..config import ModelConfig
 from ..errors import OptionError
 from ..formats import Checkpoint
 from ..machine import free_memory
-from ..tensors import VISION
+from ..memory import MemoryPlan, rough_plan
+from ..tensors import VISION, tensor_table
 from .model import ReferenceModel
 from .network import Network
 
@@ -26,3 +28,10 @@ def load(checkpoint: Checkpoint, *, device: str = "cpu", dtype: str | None = Non
 
 def memory(device: str) -> int:
     return free_memory()
+
+
+def plan(
+    config: ModelConfig, stored: int, checkpoint: Checkpoint | None, *, device: str, options: LoadOptions
+) -> MemoryPlan:
+    """Of the text model, whose weights are computed in float32 however they are stored."""
+    return rough_plan(sum(4 * row.size for row in tensor_table(config).values() if row.role not in VISION))

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import cuda_backend
-from cuda_backend import model as torch_model
-from cuda_backend import vocabulary
+from cuda_backend.kernels import logits
 from mlx_diffgemma.errors import BackendError, OptionError
 from mlx_diffgemma.formats import open_checkpoint
 from tests.conftest import load_model
@@ -82,7 +81,7 @@ def test_pieces_of_a_prompt_change_nothing(monkeypatch, piece):
     tokens, lengths = ragged(rng, (50, 3, W))
     canvas = ids(rng, 3, 16)
     theirs = reference.encode(tokens, lengths=lengths, score=True)
-    monkeypatch.setattr(torch_model, "CHUNK", piece)
+    monkeypatch.setattr(model, "chunk", piece)
     mine = model.encode(tokens, lengths=lengths, score=True)
     np.testing.assert_allclose(mine.scores, theirs.scores, atol=CLOSE, rtol=0)
     assert_same(model.inspect(mine, canvas), reference.inspect(theirs, canvas))
@@ -119,13 +118,13 @@ def test_a_ring_takes_no_more_than_the_window():
     assert cache.nbytes == sum(2 * keys.nbytes for keys, _ in cache.layers)
 
 
-def test_slices_of_the_vocabulary_change_nothing(monkeypatch):
+def test_chunks_of_the_vocabulary_change_nothing(monkeypatch):
     rng, (_, model) = np.random.default_rng(7), models()
     tokens, canvas = ids(rng, 1, 20), ids(rng, 1, 16)
     cache = model.encode(tokens, score=True)
     previous = rng.normal(size=(1, 16, V)).astype(np.float32) * 4
     whole, scores = model.inspect(cache, canvas, previous=previous), cache.scores
-    monkeypatch.setattr(vocabulary, "SLICE", 3 * V)
+    monkeypatch.setattr(logits, "BUFFER", 4 * 16 * 64)  # 64 ids at a time
     assert_same(model.inspect(cache, canvas, previous=previous), whole)
     np.testing.assert_allclose(model.encode(tokens, score=True).scores, scores, atol=CLOSE, rtol=0)
     assert np.isnan(scores[0, 0]) and np.isfinite(scores[0, 1:]).all()
