@@ -7,7 +7,7 @@ PIP = .venv/bin/python -m pip install --disable-pip-version-check --quiet -c con
 MKL = $$(ls $(CURDIR)/.venv/lib/libmkl_rt.so.* 2>/dev/null | head -n 1)
 RUN = LD_PRELOAD="$(MKL)" .venv/bin/python
 
-.PHONY: setup demo test soak bench lint clean
+.PHONY: setup demo test soak bench gpu lint clean
 
 setup: .venv/.test
 
@@ -25,6 +25,17 @@ soak: .venv/.test
 bench: .venv/.test .venv-bench/.ready
 	.venv/bin/python -m benchmarks.peers $(BENCH)
 	.venv/bin/python -m benchmarks.convert $(BENCH)
+
+# On a machine with a GPU, which may be offline: no environment is made, PYTHON is the interpreter that has torch, Triton,
+# pytest and transformers. The kernels' tests write down what is proven; should one fail, measuring goes on without it.
+# BENCH=--quick for the first minutes on a new card; benchmarks/LOG.md says what to run in which order.
+gpu:
+	@$(PYTHON) -c 'import importlib.util as u, sys; missing = [m for m in ("torch", "triton", "pytest") if not u.find_spec(m)]; \
+	sys.exit(f"make gpu: {sys.executable} has no {chr(44).join(missing)}; give PYTHON=/path/to/one that has" if missing else 0)'
+	@$(PYTHON) -c 'import torch, sys; \
+	sys.exit(not torch.cuda.is_available() and f"make gpu: no CUDA GPU is visible to torch in {sys.executable}")'
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu tests/kernels; status=$$?; \
+	$(PYTHON) -m benchmarks.gpu $(BENCH) && exit $$status
 
 lint: .venv/.test
 	.venv/bin/ruff check .

@@ -74,7 +74,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(Plan.precisions))
     parser.add_argument("--head", nargs="+", choices=HEADS, default=list(Plan.heads))
     parser.add_argument("--batch", nargs="+", type=int, default=list(Plan.batches))
-    parser.add_argument("--prompt", nargs="+", type=int, default=list(Plan.prompts), help="tokens; protocol always 1,024")
+    parser.add_argument(
+        "--prompt", nargs="+", type=int, default=list(Plan.prompts), help="tokens; protocol always 1,024"
+    )
     parser.add_argument("--kernels", choices=("fused", "auto", "ops"), default="fused", help="as in load")
     parser.add_argument("--no-peer", action="store_true", help="without transformers")
     parser.add_argument("--quick", action="store_true", help="the first batch and prompt of each precision alone")

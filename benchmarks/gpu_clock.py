@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -60,7 +61,7 @@ class CudaClock:
             run()
             mark.record()
         self.wait()
-        return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+        return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
     def wait(self) -> None:
         torch.cuda.synchronize(self.device)

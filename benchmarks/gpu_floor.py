@@ -1,12 +1,13 @@
-"""What a denoising step must cost at least: bytes over bandwidth and operations over the rate of the unit that does them.
+"""What a denoising step must cost at least: bytes over bandwidth, operations over the rate of the unit that does them.
 
     python -m benchmarks.gpu_floor [CARD]
 
 A step is cut into ``PARTS``. Each is charged the larger of its two times, and the parts are added up, for they follow
 one another. Bytes are those that cannot lie in a cache: every weight once, the prefix's keys and values once; what
-passes from one operation to the next (a few megabytes) stays in the L2 cache and is free. The embedding counts twice, for
-the soft embedding needs all logits of its step. The floor has two products over the vocabulary; an implementation that
-keeps no logits, as ours, multiplies a third time, and its soft part shows it.
+passes from one operation to the next (a few megabytes) stays in the L2 cache and is free. The embedding counts twice,
+for the soft embedding needs all logits of its step. The floor has two products over the vocabulary. An implementation
+that keeps no logits, as ours, multiplies a third time, and with an FP8 head reads the second pass's values in bfloat16:
+its soft part shows both.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ GPUS = {
     "H200": Gpu(r"H200(?! NVL)", 4.8e12, 989e12, 1979e12, "NVIDIA H200 data sheet; half of the sparse rates"),
     "A100 80GB": Gpu("A100-SXM4-80GB", 2.039e12, 312e12, 0, "NVIDIA A100 data sheet, 80 GB SXM"),
     "B200": Gpu("B200", 8e12, 2250e12, 4500e12, "NVIDIA HGX B200, an eighth of the system; half of the sparse rates"),
-    "RTX 5090": Gpu("RTX 5090(?! D| Laptop)", 1.792e12, 209.5e12, 419e12, "NVIDIA RTX Blackwell white paper, appendix A"),
+    "RTX 5090": Gpu(
+        "RTX 5090(?! D| Laptop)", 1.792e12, 209.5e12, 419e12, "NVIDIA RTX Blackwell white paper, appendix A"
+    ),
     "RTX 4090": Gpu("RTX 4090(?! D| Laptop)", 1.008e12, 165.2e12, 330.3e12, "NVIDIA Ada white paper, appendix A"),
     "L4": Gpu(r"\bL4\b", 0.3e12, 121e12, 242.5e12, "NVIDIA L4 data sheet; half of the sparse rates"),
 }

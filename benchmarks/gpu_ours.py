@@ -25,7 +25,13 @@ from mlx_diffgemma.sampling import engine
 from .gpu_clock import Clock, milliseconds, wall
 from .gpu_parts import current, parts_ms
 
-FATAL = ("CUDA error", "illegal memory access", "unspecified launch failure", "misaligned address", "device-side assert")
+FATAL = (
+    "CUDA error",
+    "illegal memory access",
+    "unspecified launch failure",
+    "misaligned address",
+    "device-side assert",
+)
 FIRST_ID, HIGHEST = 16, 250_000  # special tokens lie below and above
 PROTOCOL_PROMPT, PROTOCOL_TOKENS, PROTOCOL_STEPS = 1024, 1024, 16
 

@@ -1,8 +1,8 @@
 """Hugging Face's implementation on the very tensors that ours runs on: one copy of 51 GB, not two.
 
-Its module is built without storage and our matrices are put into it as views: a row range of a joined matrix is a matrix.
-It is then timed through its public ``generate``, sampler and all: (many steps - few) / the difference, so that what a
-call costs once cancels. ``generate`` compiles by itself where the cache is static.
+Its module is built without storage, and our matrices are put into it as views: a range of a joined matrix's rows is a
+matrix. It is then timed through its public ``generate``, sampler and all: (many steps - few) / the difference, so that
+what a call costs once cancels. ``generate`` compiles by itself where the cache is static.
 
 Its experts are told to use ``grouped_mm``: a generation loop may otherwise choose ``batched_mm``, which gathers a copy
 of an expert's weights for every token that visits it, 2,048 of them. What was in force is written down.
@@ -10,6 +10,7 @@ of an expert's weights for every token that visits it, 2,048 of them. What was i
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,7 +132,10 @@ def put(model: nn.Module, name: str, tensor: Tensor) -> None:
 def in_force(model: Any) -> dict[str, Any]:
     """What the module will really run with."""
     experts = model.get_experts_implementation()
-    return {"experts": sorted({str(value) for value in experts.values()}), "attention": model.config._attn_implementation}
+    return {
+        "experts": sorted({str(value) for value in experts.values()}),
+        "attention": model.config._attn_implementation,
+    }
 
 
 def generate(model: Any, config: ModelConfig, ids: Tensor, *, steps: int, tokens: int, static: bool) -> Any:
@@ -162,7 +166,11 @@ def step_ms(
     many: int = 10,
     rounds: int = 3,
 ) -> float:
-    """Milliseconds of one denoising step at batch 1, the median of several differences."""
+    """Milliseconds of one denoising step at batch 1, the median of several differences.
+
+    Raises:
+        RuntimeError: more steps took less time.
+    """
     ids = prompt_ids(config, 1, prompt_tokens, clock.device)
 
     def seconds(steps: int) -> float:
@@ -171,8 +179,10 @@ def step_ms(
 
     seconds(few)  # compiles, warms up
     seconds(few)
-    found = [(seconds(many) - seconds(few)) / (many - few) for _ in range(rounds)]
-    return 1000 * sorted(found)[rounds // 2]
+    found = statistics.median((seconds(many) - seconds(few)) / (many - few) for _ in range(rounds))
+    if found <= 0:
+        raise RuntimeError("more steps took less time: something else is running")
+    return 1000 * found
 
 
 def protocol(

@@ -43,7 +43,10 @@ def draw(result: Result) -> Image.Image:
 
 
 def _legend(canvas: ImageDraw.ImageDraw, x: int, y: int) -> None:
-    for colour, text in ((TIME, "measured alone, as a CUDA graph"), (FLOOR, "floor: bytes over bandwidth, or operations")):
+    for colour, text in (
+        (TIME, "measured alone, as a CUDA graph"),
+        (FLOOR, "floor: bytes over bandwidth, or operations"),
+    ):
         canvas.rectangle((x, y + 3, x + BAR, y + 3 + BAR), colour)
         canvas.text((x + BAR + 8, y), text, FAINT, _font(TEXT))
         x += BAR + 8 + _width(text, TEXT) + 3 * GAP

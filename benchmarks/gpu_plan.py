@@ -63,9 +63,7 @@ class Plan:
         """Of one precision, the most important first."""
         heads = self._heads(precision)
         batch, prompt = self.batches[0], self.prompts[0]
-        found = [
-            Job(precision, head, batch, prompt, piece) for head in heads for piece in ("step", "fixed16", "parts")
-        ]
+        found = [Job(precision, head, batch, prompt, piece) for head in heads for piece in ("step", "fixed16", "parts")]
         if self.quick:
             return found
         found += [Job(precision, heads[0], batch, prompt, piece) for piece in ("eager", "routing")]

@@ -1,4 +1,4 @@
-"""The result file: one row per configuration, rewritten whole after everything that is measured, so that nothing is lost.
+"""The result file: one row per configuration, rewritten whole after every figure, so that nothing is lost.
 
 ``ROW`` is the schema of a row; what was not measured is null. ``errors`` of a row says what of it failed, ``skipped``
 and ``errors`` of the file what never began and what ended a process.

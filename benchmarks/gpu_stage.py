@@ -60,16 +60,14 @@ class Stage:
     dtype: torch.dtype = torch.bfloat16
     kernels: str = "fused"
     fp8: bool = True  # whether FP8 weights take FP8 activations
-    effort: Effort = Effort()  # noqa: RUF009
+    effort: Effort = Effort()
     weights: Weights | None = None
     kept: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     setup: float = 0.0  # seconds spent on weights and models, compiling included
 
     def prepare(self) -> Weights:
         if self.weights is None:
-            self.weights = random_weights(
-                self.config, self.precision, self.clock.device, self.dtype, fp8=self.fp8
-            )
+            self.weights = random_weights(self.config, self.precision, self.clock.device, self.dtype, fp8=self.fp8)
             wanted = expected_bytes(self.config, self.precision, self.dtype)
             assert self.weights.nbytes == wanted, f"weights of {self.weights.nbytes} bytes, the table says {wanted}"
         return self.weights

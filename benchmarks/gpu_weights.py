@@ -1,9 +1,9 @@
 """Random weights of any configuration, made on the device in the very layouts that a checkpoint is read into.
 
-The 26B model needs no file and no host memory: every tensor is filled where it will lie, a packed one in pieces, so that
-the peak stays within ``PIECE`` values of the total. Sizes keep activations and logits in the range of a trained model's
-(rows of about unit length, logits of about 3 before the softcap). Router scores are as good as random, so all experts
-are visited about equally often: the worst case for bytes, since a trained router leaves some experts out.
+The 26B model needs no file and no host memory: every tensor is filled where it will lie, a packed one in pieces, so
+that the peak stays within ``PIECE`` values of the total. Sizes keep activations and logits in the range of a trained
+model's (logits of about 3 before the softcap). Router scores are as good as random, so all experts are visited about
+equally often: the worst case for bytes, since a trained router leaves some experts out.
 """
 
 from __future__ import annotations

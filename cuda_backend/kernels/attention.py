@@ -132,7 +132,7 @@ def _attention(
     groups, slots = keys.shape[1:3]
     assert keys.stride() == values.stride() and keys.stride()[2:] == (dim, 1) and slots * dim < 2**31
     assert q.stride(3) == 1 and dim == triton.next_power_of_2(dim) and (window is None or window > 1)
-    own = (0, 0, 0)
+    own: tuple[int, ...] = (0, 0, 0)
     if own_k is not None and own_v is not None:
         own = own_k.stride()[:3]
         assert own_k.stride() == own_v.stride() and own_k.stride(3) == 1 and length * own[2] < 2**31

@@ -26,7 +26,7 @@ TILES = {
     (120, 256): tile(64, 16, 4, 3),
     (120, 512): tile(64, 16, 4, 2),
 }
-TILES_32_BITS = {256: tile(64, 32, 4, 1), 512: tile(32, 16, 4, 1)}  # no tensor cores: for tests and small models
+TILES_32_BITS = {256: tile(64, 32, 4, 1), 512: tile(16, 16, 4, 1)}  # no tensor cores: for tests and small models
 
 # Costs beside a step over one tile of keys, in such steps: starting a program, starting the second kernel, and writing
 # and reading one program's part of the result in float32.

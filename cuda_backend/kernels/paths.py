@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from mlx_diffgemma.formats.encoding import Encoding, dense, grouped
 
 from ..linear import Quantized
@@ -24,37 +22,33 @@ KINDS: dict[str, tuple[Encoding, bool]] = {
     "affine 2, 3, 5, 6 bits": (grouped("affine", bits=3, group_size=64), False),
     "FP8 in blocks": (BLOCKS, False),
 }
-DENSE, EXPERTS = "dense", "experts"
 
 
-def path(encoding: Encoding, fp8_activations: bool, product: str, card: Card) -> str:
-    """Who multiplies with a weight so stored, in a dense layer or among the experts."""
+def path(encoding: Encoding, fp8_activations: bool, card: Card, *, experts: bool) -> str:
+    """Who multiplies with a weight so stored, among the experts or elsewhere."""
     if not encoding.quantized:
-        return "Triton" if product == EXPERTS else "cuBLAS"
+        return "Triton" if experts else "cuBLAS"
     if fp8_activations and not card.fp8:
         return "refused"
     if fp8_activations:
-        return "torch, FP8" if product == DENSE and TORCHS[card.sm] else "Triton, FP8"
+        return "torch FP8" if TORCHS[card.sm] and not experts else "Triton FP8"
     return "plain" if unsupported(Quantized(encoding, (16, 16), {}), card) else "Triton"
+
+
+def cell(kind: str, card: Card) -> str:
+    """The path of attention and MLP, then that of the experts where it is another."""
+    dense, experts = (path(*KINDS[kind], card, experts=experts) for experts in (False, True))
+    return dense if dense == experts else f"{dense} / {experts}"
 
 
 def paths(card: Card) -> dict[str, str]:
     """Of every kind of weight, for ``describe()``."""
-    return {
-        kind.replace("`", ""): f"{path(*stored, DENSE, card)}; experts: {path(*stored, EXPERTS, card)}"
-        for kind, stored in KINDS.items()
-    }
+    return {kind.replace("`", ""): cell(kind, card) for kind in KINDS}
 
 
 def table() -> list[str]:
     """The lines of the README's table."""
     cards = list(CARDS.values())
-    head = ["weights", "product", *(f"sm_{card.sm}: {card.name}" for card in cards)]
-    lines = [_line(head), _line(["---"] * len(head))]
-    for kind, stored in KINDS.items():
-        lines += [_line([kind, name, *(path(*stored, name, card) for card in cards)]) for name in (DENSE, EXPERTS)]
-    return lines
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    rows = [[kind, *(cell(kind, card) for card in cards)] for kind in KINDS]
+    head = ["weights", *(f"sm_{card.sm} ({card.name})" for card in cards)]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]

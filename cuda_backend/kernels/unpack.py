@@ -120,7 +120,7 @@ def configuration(weight: Operand, x: Tensor, out: int, tokens: int, card: Card)
     while 3 * block * per_value > room and block // 2 >= max(weight.group, LEAST):
         block //= 2
     stages = max(2, min(6, room // (block * per_value) + (card.sm not in DIRECT)))
-    groups = out // 64 if weight.value != "same" or tokens > 32 else 1
+    groups = out // 64 if weight.value != "same" or tokens > 64 else 1
     return Config({"OUT": out, "TOKENS": tokens, "BLOCK_K": block}, num_warps=4 * groups, num_stages=stages)
 
 

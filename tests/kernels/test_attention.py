@@ -22,7 +22,7 @@ from tests.kernels.harness import in_every_order, relative_error
 CARD = CARDS[90]
 DTYPES = (torch.float32, torch.bfloat16)
 POISON = 1e4
-BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # of the largest value: two roundings of it to bfloat16
 SMALL = Config({"ROWS": 16, "KEYS": 16, "COLUMNS": 16}, 4, 1)
 
 
@@ -143,10 +143,10 @@ def test_canvas_sees_itself_and_the_prefix(case, dtype, place, proof):
     inputs = canvas_inputs(case, place, dtype)
     truth, plain = canvas_truth(case, *inputs[:3]), canvas_attention_ops(*inputs)
     assert relative_error(plain, truth) < BOUND[dtype]
-    for splits in (None, 1, 2):
+    for splits in (None, 1):
         found = canvas_attention_kernel(*inputs, CARD, splits=splits)
         assert found.dtype == dtype
-        assert relative_error(found, truth) < BOUND[dtype]
+        assert max(relative_error(found, truth), relative_error(found, plain)) < BOUND[dtype]
     found = in_every_order(lambda: canvas_attention_kernel(*inputs, CARD, splits=5))
     assert relative_error(found, truth) < BOUND[dtype]
     proof("canvas_attention", dtype)
@@ -158,10 +158,10 @@ def test_chunk_is_causal_within_its_window(case, dtype, place, proof):
     inputs, history = chunk_inputs(case, place, dtype)
     truth, plain = chunk_truth(case, *inputs[:3], history), chunk_attention_ops(*inputs)
     assert relative_error(plain, truth) < BOUND[dtype]
-    for splits in (None, 1, 2):
+    for splits in (None, 1):
         found = chunk_attention_kernel(*inputs, CARD, splits=splits)
         assert found.dtype == dtype
-        assert relative_error(found, truth) < BOUND[dtype]
+        assert max(relative_error(found, truth), relative_error(found, plain)) < BOUND[dtype]
     found = in_every_order(lambda: chunk_attention_kernel(*inputs, CARD, splits=5))
     assert relative_error(found, truth) < BOUND[dtype]
     proof("chunk_attention", dtype)
@@ -174,7 +174,7 @@ def test_every_tile_and_split_gives_the_same(place):
     wanted = canvas_attention_ops(*seen)
     inputs, _ = chunk_inputs(chunk, place, torch.float32)
     causal = chunk_attention_ops(*inputs)
-    for splits in (1, 3, 9):
+    for splits in (1, 2, 5, 9):
         found = canvas_attention_kernel(*seen, CARD, splits=splits, config=SMALL)
         assert relative_error(found, wanted) < 1e-5
         found = chunk_attention_kernel(*inputs, CARD, splits=splits, config=SMALL)
@@ -209,6 +209,14 @@ def test_a_query_depends_on_what_it_sees_and_on_nothing_else(window, place):
         then = chunk_attention_kernel(q, own_k, changed[0], keys, changed[1], *rest, CARD, config=SMALL)
         differs = (then != first).any(-1)[0].tolist()
         assert differs == [q >= position > q - (window or 99) for q in range(past, past + length)], position
+
+
+def test_no_lengths_are_all_slots(place):
+    case = Case((30,), 7, 1, 2, 16, 30, 7)
+    q, keys, values, lengths = canvas_inputs(case, place, torch.float32)
+    wanted = canvas_attention_ops(q, keys, values, lengths)
+    assert relative_error(canvas_attention_ops(q, keys, values, None), wanted) < 1e-5
+    assert relative_error(canvas_attention_kernel(q, keys, values, None, CARD), wanted) < 1e-5
 
 
 def test_large_scores_do_not_overflow(place):

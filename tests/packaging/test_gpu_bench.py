@@ -1,4 +1,4 @@
-"""The GPU benchmark without a GPU: its arithmetic, its weights, its order and time, its report; and all its calls, tiny."""
+"""All calls of the GPU benchmark without a GPU, tiny: parts, protocol, peer, a whole run, failures, order and time."""
 
 from __future__ import annotations
 
@@ -10,23 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_floor, gpu_ours, gpu_peer, gpu_report
+from benchmarks import gpu, gpu_ours, gpu_peer, gpu_report
 from benchmarks.gpu_clock import HostClock
-from benchmarks.gpu_floor import GPUS, PARTS, Load, costs, floors, load_of, published
+from benchmarks.gpu_floor import PARTS
 from benchmarks.gpu_parts import current, recorded, tail
-from benchmarks.gpu_picture import draw
 from benchmarks.gpu_plan import Budget, Job, Plan, until_of
-from benchmarks.gpu_record import Record, file_of, machine, problems
-from benchmarks.gpu_report import BEGIN, END, GOALS, NONE
-from benchmarks.gpu_stage import BROKEN, Effort, Stage, fill_floor, work
-from benchmarks.gpu_weights import expected_bytes, random_weights
-from convert.recipes import RECIPES
+from benchmarks.gpu_record import Record, machine, problems
+from benchmarks.gpu_stage import BROKEN, Effort, Stage, work
 from mlx_diffgemma.config import ModelConfig
-from mlx_diffgemma.formats.encoding import Encoded, grouped
 from tests.tiny import official_config
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -37,122 +31,6 @@ def data() -> dict:
 @pytest.fixture(scope="module")
 def config(data: dict) -> ModelConfig:
     return ModelConfig.from_dict(data)
-
-
-# ---- floors
-
-
-@pytest.mark.parametrize(
-    ("card", "precision", "head", "milliseconds"),
-    [
-        ("H200", "fp8", "bf16", 6.15),
-        ("H200", "fp8", "fp8", 5.76),
-        ("H200", "bf16", "bf16", 11.3),
-        ("H100 SXM", "fp8", "bf16", 8.4),
-        ("H100 SXM", "bf16", "bf16", 15.7),
-        ("RTX 5090", "fp8", "bf16", 19.3),
-    ],
-)
-def test_floors_are_those_of_the_plan(card: str, precision: str, head: str, milliseconds: float):
-    found = floors(load_of(published(), precision, head), GPUS[card])
-    assert list(found) == list(PARTS)
-    assert sum(found.values()) == pytest.approx(milliseconds, rel=0.005)
-
-
-def test_the_floor_of_4_bit_is_lower_than_planned_because_the_rest_is_multiplied_in_fp8():
-    """The plan's 3.97 ms are of 4.25 bits everywhere, multiplied in bfloat16; the recipe has FP8 beside the experts."""
-    four = dataclasses.replace(
-        RECIPES["bf16"], roles=dict(RECIPES["bf16"].roles) | dict.fromkeys(("experts", "attention", "mlp"), grouped("mxfp4"))
-    )
-    load = Load(published(), four, gpu_floor.HEADS["fp8"])
-    assert sum(floors(load, GPUS["H200"]).values()) == pytest.approx(3.97, abs=0.02)
-    assert sum(floors(load_of(published(), "4bit", "fp8"), GPUS["H200"]).values()) == pytest.approx(3.70, abs=0.01)
-
-
-def test_bytes_and_operations_of_a_step():
-    found = costs(load_of(published(), "fp8", "bf16"))
-    assert sum(cost.nbytes for cost in found.values()) == pytest.approx(27.72e9, rel=0.003)
-    assert sum(cost.bf16 + cost.fp8 for cost in found.values()) == pytest.approx(2.53e12, rel=0.01)
-    assert found["attention"].nbytes == 25 * 1023 * 2 * 8 * 256 * 2 + 5 * 1024 * 2 * 2 * 512 * 2
-    longer = costs(load_of(published(), "fp8", "bf16", prompt=131_072))["attention"]
-    assert longer.bf16 == pytest.approx(5.6e12, rel=0.02)
-    many = costs(load_of(published(), "fp8", "bf16", batch=16))
-    assert many["experts"].nbytes == pytest.approx(found["experts"].nbytes) and many["experts"].fp8 > 3 * found["experts"].fp8
-
-
-def test_without_fp8_units_codes_are_multiplied_in_bfloat16():
-    load = load_of(published(), "fp8", "bf16", batch=16)
-    one, other = (floors(load, GPUS[name])["linears"] for name in ("A100 80GB", "H100 SXM"))
-    assert one == pytest.approx(1000 * 16 * 0.843e12 / 312e12, rel=0.02) and other < one / 5
-
-
-@pytest.mark.parametrize(
-    ("name", "row"),
-    [
-        ("NVIDIA H200", "H200"),
-        ("NVIDIA H200 NVL", None),
-        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
-        ("NVIDIA H100 PCIe", None),
-        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
-        ("NVIDIA L4", "L4"),
-        ("NVIDIA L40S", None),
-        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
-        ("NVIDIA GeForce RTX 5090", "RTX 5090"),
-        ("NVIDIA B200", "B200"),
-    ],
-)
-def test_a_card_is_known_by_its_drivers_name(name: str, row: str | None):
-    assert gpu_floor.gpu_named(name) == row
-
-
-# ---- weights
-
-
-@pytest.mark.parametrize("precision", gpu_floor.PRECISIONS)
-def test_weights_are_those_of_a_checkpoint_in_layout_and_size(config: ModelConfig, precision: str):
-    weights = random_weights(config, precision, CPU)
-    assert weights.nbytes == expected_bytes(config, precision)
-    layer = weights.layers[0]
-    for weight, width in ((layer.experts.gate_up_proj, 64), (layer.experts.down_proj, 32), (layer.self_attn.o_proj, 64)):
-        if precision != "bf16":
-            parts = weight.encoding.parts(weight.shape)
-            for name, (shape, dtype) in parts.items():
-                assert tuple(weight.parts[name].shape) == shape, name
-                assert weight.parts[name].dtype == TORCH[str(dtype)], name
-            arrays = {name: as_array(part, parts[name][1]) for name, part in weight.parts.items()}
-            decoded = Encoded(weight.encoding, weight.shape, arrays).decode()
-            np.testing.assert_array_equal(decoded, weight.dense(torch.float32).numpy())
-        values = weight.dense(torch.float32)
-        assert values.isfinite().all() and values.std().item() == pytest.approx(width**-0.5, rel=0.15)
-
-
-TORCH = {
-    "float8_e4m3fn": torch.float8_e4m3fn,
-    "uint32": torch.uint32,
-    "uint8": torch.uint8,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-}
-
-
-def as_array(part: torch.Tensor, dtype: np.dtype) -> np.ndarray:
-    return part.contiguous().view(torch.uint8).numpy().view(dtype).reshape(part.shape)
-
-
-def test_which_products_are_in_fp8(config: ModelConfig):
-    def taken(precision: str, **options: bool) -> list[bool]:
-        layer = random_weights(config, precision, CPU, **options).layers[0]
-        pair = (layer.experts.gate_up_proj, layer.mlp.gate_up_proj, layer.router.proj)
-        return [getattr(weight, "fp8_activations", False) for weight in pair]
-
-    assert taken("fp8") == [True, True, False]
-    assert taken("4bit") == [False, True, False]
-    assert taken("fp8", fp8=False) == [False] * 3
-
-
-def test_the_published_model_has_the_sizes_of_its_checkpoints():
-    sizes = [expected_bytes(published(), precision) / 1e9 for precision in ("bf16", "fp8", "4bit")]
-    assert sizes == pytest.approx([50.5, 26.05, 16.09], abs=0.01)
 
 
 # ---- parts
@@ -216,7 +94,7 @@ def test_the_protocol_notices_another_forward(stage: Stage, monkeypatch):
 
     monkeypatch.setattr(gpu_ours, "Counted", Counting)
     monkeypatch.setattr(type(model), "begin", separately)
-    with pytest.raises(AssertionError, match="'encode': 1.*'encode': 4"):
+    with pytest.raises(AssertionError, match=r"'encode': 1.*'encode': 4"):
         gpu_ours.protocol(stage.clock, model, 1, rounds=0, prompt_tokens=20, tokens=64)
 
 
@@ -260,10 +138,38 @@ def test_the_peer_runs_on_our_tensors_and_gives_our_logits(stage: Stage, data: d
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-3)
 
 
+@pytest.fixture
+def steady(monkeypatch) -> None:
+    """A call of the peer takes 100 ms and 50 more for every step, whatever else this machine does."""
+    generate, asked = gpu_peer.generate, []
+
+    def noting(model, config, ids, *, steps, **options):
+        asked.append(steps)
+        return generate(model, config, ids, steps=steps, **options)
+
+    def wall(clock, run) -> float:
+        run()
+        return 0.1 + 0.05 * asked[-1]
+
+    monkeypatch.setattr(gpu_peer, "generate", noting)
+    monkeypatch.setattr(gpu_peer, "wall", wall)
+
+
+def test_the_peers_step_is_a_difference(stage: Stage, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu_peer, "generate", lambda *args, steps, **options: asked.append(steps))
+    monkeypatch.setattr(gpu_peer, "wall", lambda clock, run: run() or 0.1 + 0.05 * asked[-1])
+    assert gpu_peer.step_ms(stage.clock, None, stage.config, prompt_tokens=20, static=False) == pytest.approx(50)
+    assert asked == [2, 2, *[10, 2] * 3]
+    monkeypatch.setattr(gpu_peer, "wall", lambda clock, run: run() or 1 / asked[-1])
+    with pytest.raises(RuntimeError, match="less time"):
+        gpu_peer.step_ms(stage.clock, None, stage.config, prompt_tokens=20, static=False)
+
+
 # ---- a whole run
 
 
-def test_every_figure_of_a_run(stage: Stage, tmp_path: Path):
+def test_every_figure_of_a_run(stage: Stage, tmp_path: Path, steady):
     jobs = Plan(precisions=("bf16",), heads=("bf16",), batches=(1, 2), prompts=(20, 40)).jobs("bf16")
     record = Record(tmp_path / "gpu.json")
     with torch.compiler.set_stance("force_eager"):
@@ -281,6 +187,7 @@ def test_every_figure_of_a_run(stage: Stage, tmp_path: Path):
         ("transformers", "static", 1, 20),
     ]
     assert all(row["ms_per_step"] > 0 for row in others)
+    assert [row["ms_per_step"] for row in others if row["what"] == "transformers"] == pytest.approx([50, 50])
     assert main["routing"]["visited"] > 0.9 and main["recipe"] == "bf16"
     assert "Not measured" not in gpu_report.report(written)
 
@@ -383,91 +290,3 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch):
     with pytest.raises(SystemExit, match="no CUDA GPU is visible to torch") as caught:
         gpu.main()
     assert "\n" not in str(caught.value)
-
-
-# ---- results
-
-
-def made_up(config: ModelConfig) -> dict:
-    """A result with figures that nothing measured: for the layout alone, never for a file of the repository."""
-    record = Record(Path("never-written.json"))
-    stage = Stage(config, {}, "fp8", HostClock(), "H200")
-    for precision, head, step, rate in (("fp8", "bf16", 7.0, 1850.0), ("fp8", "fp8", 7.5, 1850.0)):
-        job = Job(precision, head, 1, 1024, "step")
-        row = record.row(**job.identity)
-        fill_floor(stage, job, row)
-        row |= {"ms_per_step": step, "fixed16_tok_s": rate, "peak_gb": 29.5}
-        row["parts_ms"] = {part: floor * 1.25 + 0.01 for part, floor in row["parts_floor_ms"].items()}
-    record.data["rows"][1]["errors"]["eager"] = "RuntimeError: example\n  File"
-    record.data["bandwidth"]["fp8"] = {"copy": 4300.0, "read": 4400.0}
-    here = {"card": "NVIDIA H200", "date": "2000-01-01T00:00:00Z", "driver": "1.0", "versions": {"torch": "2.11"}}
-    return record.data | here
-
-
-@pytest.fixture
-def result() -> dict:
-    return made_up(published())
-
-
-def test_a_report_has_the_row_its_parts_and_what_failed(result: dict):
-    assert problems(result) == []
-    text = gpu_report.report(result)
-    assert "| ours | fp8 | bf16 | 1 | 1,024 | 7.00 | 6.16 | 1.14 | 1,850 |  | 29.5 |" in text
-    assert "| experts | 5.966 | 4.765 | 1.25 | 22.87 | 3,834 | 87% |" in text
-    assert "- ours, fp8, head fp8, batch 1, prompt 1,024, eager: RuntimeError: example" in text
-
-
-def test_goals_are_judged_where_they_were_measured(result: dict):
-    lines = gpu_report.goals([result]).splitlines()
-    assert lines[0].endswith("7.8 ms/step at most: 7.00, met; 1,800 tok/s at least: 1,850.00, met")
-    assert lines[1].endswith("7.4 ms/step at most: 7.50, missed; 1,900 tok/s at least: 1,850.00, missed")
-    assert lines[2].endswith("5 ms/step at most: not measured; 2,600 tok/s at least: not measured")
-    result["card"] = "NVIDIA H100 80GB HBM3"
-    assert gpu_report.goals([result]).count("not measured") == 2 * len(GOALS)
-
-
-def test_without_a_result_nothing_is_claimed():
-    assert gpu_report.section([]) == f"{BEGIN}\n{NONE}\n{END}"
-    assert gpu_report.goals([]).count("not measured") == 2 * len(GOALS)
-
-
-def test_the_readme_gets_the_newest_result_of_each_card(result: dict):
-    older = result | {"date": "1999-01-01T00:00:00Z", "driver": "0.9"}
-    text = gpu_report.placed(f"a\n{BEGIN}\nold\n{END}\nb\n", gpu_report.section([result, older]))
-    assert text.startswith(f"a\n{BEGIN}\nNVIDIA H200, 2000-01-01, driver 1.0") and text.endswith(f"{END}\nb\n")
-    assert "driver 0.9" not in text and "old" not in text
-    with pytest.raises(ValueError, match="no section"):
-        gpu_report.placed("a", "b")
-
-
-def test_the_picture_has_a_bar_and_a_floor_for_every_part(result: dict):
-    image = draw(result)
-    colours = image.getcolors(maxcolors=100_000)
-    assert {(59, 82, 139), (94, 201, 98)} <= {colour for _, colour in colours}
-    with pytest.raises(ValueError, match="no parts"):
-        draw(result | {"rows": []})
-
-
-def test_a_file_is_written_whole_and_read_again(tmp_path: Path):
-    record = Record(tmp_path / "sub" / "gpu.json")
-    job = Job("fp8", "bf16", 1, 1024, "step")
-    record.row(**job.identity)["ms_per_step"] = 1.0
-    record.save()
-    again = Record(record.path)
-    assert again.row(**job.identity)["ms_per_step"] == 1.0 and len(again.data["rows"]) == 1
-    assert not list(tmp_path.rglob("*.part"))
-    assert file_of("NVIDIA H100 80GB HBM3", 0).name == "gpu-nvidia-h100-80gb-hbm3-1970-01-01.json"
-
-
-def test_wrong_files_are_told():
-    broken = {"card": "x", "date": "", "versions": {}, "bandwidth": {}, "rows": [{"what": None, "speed": 1}]}
-    found = problems(broken)
-    assert "row 0: speed is unknown" in found and "row 0: what is null" in found and "row 0: head is missing" in found
-    assert "rows is missing" in problems({})
-
-
-def test_committed_results_are_whole_and_of_a_gpu():
-    for path in gpu_report.found():
-        data = json.loads(path.read_text())
-        assert problems(data) == [], path
-        assert data["card"] != "cpu" and data["driver"] and data["versions"]["cuda"], path
