@@ -176,6 +176,7 @@ def work(stage: Stage, jobs: list[Job], record: Record, budget: Budget) -> int:
             record.data["bandwidth"][precision] = bandwidth(stage.clock, stage.effort.bandwidth_bytes)
         except Exception as error:  # noqa: BLE001 - whatever fails is written down, and the rest goes on
             record.data["errors"].append(f"bandwidth: {text_of(error)}")
+        stage.forget()  # the memory that it used
     for at in range(done.get(precision, 0), len(jobs)):
         job = jobs[at]
         done[precision] = at + 1

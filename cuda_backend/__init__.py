@@ -68,7 +68,7 @@ def load(
     check_activations(checkpoint, activations)
     planned = plan(checkpoint.config, checkpoint.nbytes, checkpoint, device=device, options=options)
     weights = read_weights(checkpoint, place, DTYPES[name], fp8=activations == "fp8")
-    choice = choose_kernels(gpu, kernels, DTYPES[name], weights)
+    choice = choose_kernels(gpu, kernels, DTYPES[name], weights, fp8_head=head is not None)
     unpacked = not choice.on("experts") or bool(choice.exceptions)
     said = remarks(checkpoint, name, activations=activations, head=head, unpacked=unpacked)
     table = fp8_table(weights.embed_tokens) if head else None
@@ -87,6 +87,7 @@ def build(
     checked = bool(choice.fused) and choice.gpu is not INTERPRETER
     if checked:
         self_check(choice, ops, with_head(plain(table.dtype), head), config, weights)
+        torch.cuda.empty_cache()  # of what the plain operations unpacked
     capture = cuda_capture() if choice.on("graph") else None
     whole = choice.on("canvas_attention")
     model = TorchModel(config, weights, table.device, table.dtype, ops, capture, whole, about)

@@ -14,7 +14,7 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ WARM_UP = 2  # runs before a capture, in which libraries and kernels are loaded
 
 Replay = Callable[[], None]
 Capture = Callable[[Replay], Replay]  # of a function of fixed tensors, to what repeats it
-Fixed = TypeVar("Fixed")
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def shapes(state: State) -> tuple[Any, ...]:
     return (*found, state.block.commit is None, state.block.bias is None)
 
 
-def fixed(state: Fixed, *, own: bool = True) -> Fixed:
+def fixed(state: Any, *, own: bool = True) -> Any:
     """The same structure with tensors of its own; shared ones stay, and so does a block if not ``own``.
 
     They hold what a step can run on without harm: whole numbers are 0, so that no row has a prefix and what is

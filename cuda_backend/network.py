@@ -117,6 +117,7 @@ class Network:
         routes = route(scores, layer.router.per_expert_scale, self.config.top_k_experts)
         if trace is not None:
             trace.chosen.append(routes.chosen)
+            assert routes.odds is not None
             trace.odds.append(routes.odds)
         experts = layer.experts
         pairs = self.ops.experts(parts.experts, routes, experts.gate_up_proj, experts.down_proj, h.dtype)

@@ -140,10 +140,10 @@ class Reader:
 
     def experts(self, at: str) -> Experts:
         """Both banks take FP8 activations, or neither: what lies between them is made for the second by the first."""
-        banks = [self.weight(f"{at}.{name}") for name in ("gate_up_proj", "down_proj")]
-        if not all(map(takes_fp8, banks)):
-            banks = [replace(bank, fp8_activations=False) if takes_fp8(bank) else bank for bank in banks]
-        return Experts(*banks)
+        gate_up, down = (self.weight(f"{at}.{name}") for name in ("gate_up_proj", "down_proj"))
+        if takes_fp8(gate_up) and takes_fp8(down):
+            return Experts(gate_up, down)
+        return Experts(in_full(gate_up), in_full(down))
 
     def _counted(self, held: Held) -> Held:
         self.nbytes += held.nbytes
@@ -157,6 +157,11 @@ class Reader:
         parts = {name: host_copy([piece.parts[name] for piece in pieces]).to(self.device) for name in first.parts}
         shape = (sum(piece.shape[0] for piece in pieces), *first.shape[1:])
         return Quantized(first.encoding, shape, parts, self.fp8 and fp8_product(first.encoding, shape))
+
+
+def in_full(weight: Weight) -> Weight:
+    """The same weight, multiplied with activations in the model's dtype."""
+    return replace(weight, fp8_activations=False) if isinstance(weight, Quantized) else weight
 
 
 def fp8_product(encoding: Encoding, shape: tuple[int, ...]) -> bool:

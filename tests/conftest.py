@@ -17,6 +17,7 @@ import pytest
 
 from mlx_diffgemma.backend import choose, implementation
 from mlx_diffgemma.formats import open_checkpoint
+from tests.proofs import PROOFS
 
 BACKENDS = ("reference", "mlx", "cpu")
 REPORT = Path(__file__).parents[1] / "build" / "parity"
@@ -26,6 +27,22 @@ def pytest_sessionstart(session) -> None:
     """The record is of one run: the controlling process clears what an earlier one left."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(REPORT, ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        PROOFS.failed(item.path)
+    return report
+
+
+def pytest_sessionfinish(session) -> None:
+    """On a GPU: the rows of ``proven.json``, of kernels whose tests have all passed."""
+    for kernel, dtype in PROOFS.proven():
+        from cuda_backend.kernels.choice import prove
+
+        prove(kernel, dtype)
 
 
 @functools.lru_cache(maxsize=12)

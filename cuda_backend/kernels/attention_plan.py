@@ -13,15 +13,17 @@ def tile(rows: int, keys: int, num_warps: int, num_stages: int) -> Config:
 
 # By compute capability and head dimension, for 16 bits. Shared memory holds the queries, ROWS * d * 2 bytes, and keys
 # and values, KEYS * (d + COLUMNS) * 2 bytes per buffer; on Hopper and B200 there are ``num_stages`` buffers, elsewhere
-# one fewer. A byte from L2 serves ROWS operations: 64 suffice for the slower tensor cores of sm_89 and sm_120.
+# one fewer. The loads of a step are issued behind its products, so with two stages on Hopper little else hides them:
+# that is what a head dimension of 512 leaves room for. From L2 a byte of keys serves ROWS operations: 64 suffice for
+# the slower tensor cores of sm_89 and sm_120.
 TILES = {
     (80, 256): tile(128, 64, 8, 2),
     (80, 512): tile(64, 32, 4, 2),
     (89, 256): tile(64, 16, 4, 3),
     (89, 512): tile(64, 16, 4, 2),
-    (90, 256): tile(128, 64, 8, 2),
+    (90, 256): tile(128, 32, 8, 4),
     (90, 512): tile(128, 32, 8, 2),
-    (100, 256): tile(128, 64, 8, 2),
+    (100, 256): tile(128, 32, 8, 4),
     (100, 512): tile(128, 32, 8, 2),
     (120, 256): tile(64, 16, 4, 3),
     (120, 512): tile(64, 16, 4, 2),
@@ -29,8 +31,8 @@ TILES = {
 TILES_32_BITS = {256: tile(64, 32, 4, 1), 512: tile(16, 16, 4, 1)}  # no tensor cores: for tests and small models
 
 # Costs beside a step over one tile of keys, in such steps: starting a program, starting the second kernel, and writing
-# and reading one program's part of the result in float32.
-START, SECOND, PART = 2.0, 1.5, 3.5
+# and reading one program's part of the result in float32. Estimated for Hopper (a step about 1 us), never measured.
+START, SECOND, PART = 3.0, 2.0, 5.0
 MOST_SPLITS, MOST_WAVES = 16, 4  # bounds on the memory for parts
 
 

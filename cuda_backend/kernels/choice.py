@@ -200,7 +200,13 @@ def proofs(kernel: str, weights: Weights, card: Card) -> set[str]:
 
 
 def choose_kernels(
-    gpu: Gpu | None, requested: str, dtype: torch.dtype, weights: Weights, proven: Sequence[Row] | None = None
+    gpu: Gpu | None,
+    requested: str,
+    dtype: torch.dtype,
+    weights: Weights,
+    proven: Sequence[Row] | None = None,
+    *,
+    fp8_head: bool = False,
 ) -> Choice:
     """The kernels for ``weights``; those that they have no use for are not mentioned. ``check`` comes first."""
     name, rows = str(dtype).removeprefix("torch."), proven_rows() if proven is None else proven
@@ -221,8 +227,12 @@ def choose_kernels(
             "experts": [obstacle(pair, card) for pair in banks(weights)],
         }
         for kernel, obstacles in found.items():
-            if reasons.get(kernel) == "" and any(obstacles):
-                (reasons if all(obstacles) else exceptions)[kernel] = _unique(obstacles)
+            if kernel in needed and requested != "ops" and obstacles and all(obstacles):
+                reasons[kernel] = _unique(obstacles)
+            elif reasons.get(kernel) == "" and any(obstacles):
+                exceptions[kernel] = _unique(obstacles)
+    if fp8_head and dtype != torch.bfloat16:  # which is what torch's FP8 product gives
+        reasons |= {kernel: reasons[kernel] or f"not for an FP8 head in {name}" for kernel in ("look", "soft")}
     return Choice(requested, gpu, reasons, exceptions)
 
 

@@ -10,11 +10,10 @@ import math
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .cards import Card
+from .jit import tl, triton
 from .language import INTERPRETED, narrowed, rounded
 from .launch import Config, launch
 from .logits import (
@@ -103,7 +102,7 @@ def look_kernel(
     results = (argmax, entropy, confidence, greatest, total, span, share)
     read = (hidden, peaks, best, sums, uniform)
     launch(_conclude, (rows,), *read, *results, blocks, spans, config=Config(sizes, num_warps=8))
-    left = (hidden, table, None, None)
+    left: tuple[Tensor | None, ...] = (hidden, table, None, None)
     if quantized is not None and table_fp8 is not None:
         left = (quantized.codes, table_fp8.codes, quantized.scales, table_fp8.scales)
     config = Config({"SPAN": cut.span, "STEP": min(max(1, TILE // cut.span), ceiling(hidden.shape[1]))}, num_warps=8)
@@ -149,14 +148,14 @@ def _products(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Which ids, and hidden states times their rows [N, ids] in the model's dtype, in a buffer that the next one uses.
 
-    FP8 sums without the tensor core's short accumulator, as everywhere; the library's product gives bfloat16 only.
+    The FP8 product gives bfloat16 only. The tensor core's short accumulator is not asked for: ``use_fast_accum``.
     """
     if quantized is not None and table_fp8 is not None:
         assert hidden.dtype == torch.bfloat16
         for part in chunks(len(table), chunk):
-            right, scales = rows_of(table_fp8, part), (quantized.scales, table_fp8.scales[part].T)
-            out = {"out_dtype": hidden.dtype, "use_fast_accum": False}
-            yield part, torch._scaled_mm(quantized.codes, right.codes.T, *scales, **out)
+            right = rows_of(table_fp8, part)
+            scales = (quantized.scales, right.scales.T)
+            yield part, torch._scaled_mm(quantized.codes, right.codes.T, *scales, out_dtype=hidden.dtype)
         return
     buffer = hidden.new_empty(len(hidden) * min(chunk, len(table)))
     for part in chunks(len(table), chunk):

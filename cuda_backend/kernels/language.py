@@ -7,12 +7,10 @@ and ``narrowed`` go round them. Elsewhere the rule is: load, widen to float32 at
 
 from __future__ import annotations
 
-import os
+from . import jit
+from .jit import tl, triton
 
-import triton
-import triton.language as tl
-
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(jit.INTERPRETED)
 
 
 @triton.jit

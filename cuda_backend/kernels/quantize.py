@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .cards import Card
+from .jit import tl, triton
 from .language import to_e4m3
 from .launch import Config, launch
 

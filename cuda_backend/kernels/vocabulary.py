@@ -173,4 +173,4 @@ def accumulate(total: Tensor, odds: Tensor, rows: Tensor) -> None:
     elif odds.device.type == "cpu":  # where a product has the dtype of what is multiplied
         total.addmm_(odds.float(), rows.float())
     else:
-        torch.addmm(total, odds, rows, out_dtype=torch.float32, out=total)
+        total += torch.mm(odds, rows, out_dtype=torch.float32)

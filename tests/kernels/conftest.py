@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
+
+from tests.proofs import PROOFS
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -12,16 +13,6 @@ def place(request) -> str:
 
 
 @pytest.fixture
-def proof(place, record):
+def proof(request, place, record):
     """``proof(kernel, dtype)`` at the end of a test: on a GPU, the kernel may then be chosen there for that dtype."""
-
-    def write(kernel: str, dtype: torch.dtype) -> None:
-        name = str(dtype).removeprefix("torch.")
-        if place == "cpu":
-            record(what="interpreted", kernel=kernel, dtype=name)
-            return
-        from cuda_backend.kernels.choice import prove
-
-        prove(kernel, name)
-
-    return write
+    return PROOFS.of(request.node, place, record)

@@ -16,7 +16,7 @@ import torch
 import cuda_backend
 from cuda_backend.kernels import build, choice, jit, norm, paths
 from cuda_backend.kernels.cards import ALIKE, CARDS, card_for
-from cuda_backend.kernels.check import check_graph, kernel_of, self_check
+from cuda_backend.kernels.check import check_graph, close, kernel_of, self_check
 from cuda_backend.kernels.choice import INTERPRETER, KERNELS, Choice, Gpu, choose_kernels, why_not
 from cuda_backend.kernels.ops import Ops, plain
 from cuda_backend.kernels.quantize import Fp8Rows, quantize_ops
@@ -141,6 +141,8 @@ def test_what_unpacks_is_proven_for_each_encoding():
 def test_encodings_without_a_kernel_are_named():
     mixed = choose_kernels(HOPPER, "fused", torch.bfloat16, weights_of("mixed"), [])
     assert not mixed.on("experts") and "6 bits" in mixed.reasons["experts"] and mixed.on("packed_linear")
+    unproven = choose_kernels(HOPPER, "auto", torch.bfloat16, weights_of("mixed"), [])
+    assert unproven.reasons["experts"] == mixed.reasons["experts"] and "unproven" in unproven.reasons["norm"]
     low = choose_kernels(HOPPER, "fused", torch.bfloat16, weights_of("affine3"), [])
     assert low.on("packed_linear") and "3 bits" in low.exceptions["packed_linear"]
     described = low.describe()
@@ -340,6 +342,16 @@ def test_kernels_that_are_off_are_not_asked():
         self_check(chosen, fake(chosen, "norm"), plain(torch.float32), config, weights)
 
 
+def test_one_number_of_many_is_seen():
+    """A missed edge hardly moves a mean over a million numbers."""
+    truth = torch.randn(1000, 1000)
+    found = truth.clone()
+    found[-1, -1] += truth.abs().max()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert close(truth, truth, dtype) and not close(found, truth, dtype)
+    assert not close(truth.bfloat16(), truth, torch.float32) and not close(truth[:1], truth, torch.float32)
+
+
 def test_nan_is_a_difference():
     config, weights = small("dense")
     chosen = choose_kernels(HOPPER, "fused", torch.float32, weights, [])
@@ -368,13 +380,23 @@ def test_a_graph_that_freezes_is_caught():
 @pytest.mark.parametrize("kind", ["dense", "fp8"])
 def test_kernels_pass_the_self_check_interpreted(kind):
     """Slow, up to a minute: a prompt and two steps of two layers, on every kernel; in FP8 with an FP8 head."""
-    opened = open_checkpoint(checkpoint(seed=1, shape=TWO_LAYERS) if kind == "dense" else foreign("ct-mixed"))
-    weights = cuda_backend.read_weights(opened, torch.device("cpu"), torch.float32, fp8=True)
-    head = quantize_ops(weights.embed_tokens) if kind == "fp8" else None
-    chosen = choose_kernels(INTERPRETER, "fused", torch.float32, weights, [])
+    fp8, dtype = kind == "fp8", torch.bfloat16 if kind == "fp8" else torch.float32
+    opened = open_checkpoint(foreign("ct-mixed") if fp8 else checkpoint(seed=1, shape=TWO_LAYERS))
+    weights = cuda_backend.read_weights(opened, torch.device("cpu"), dtype, fp8=True)
+    head = quantize_ops(weights.embed_tokens) if fp8 else None
+    chosen = choose_kernels(INTERPRETER, "fused", dtype, weights, [], fp8_head=fp8)
     assert "graph" not in chosen.fused and chosen.describe()["interpreted"]
-    pair = [build.with_head(ops, head) for ops in (build.build_ops(chosen, torch.float32), plain(torch.float32))]
+    assert {"look", "soft", "experts"} <= {*chosen.fused} and chosen.on("fp8_linear") == fp8
+    pair = [build.with_head(ops, head) for ops in (build.build_ops(chosen, dtype), plain(dtype))]
     self_check(chosen, *pair, opened.config, weights)
+
+
+def test_an_fp8_head_has_kernels_in_bfloat16_alone():
+    _, weights = small("dense")
+    chosen = choose_kernels(HOPPER, "fused", torch.float32, weights, [], fp8_head=True)
+    assert "FP8 head in float32" in chosen.reasons["look"] and not chosen.on("soft") and chosen.on("norm")
+    assert choose_kernels(HOPPER, "fused", torch.bfloat16, weights, [], fp8_head=True).on("look")
+    assert choose_kernels(HOPPER, "ops", torch.float32, weights, [], fp8_head=True).reasons["look"] == "as asked"
 
 
 WITHOUT = """

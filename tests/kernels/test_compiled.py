@@ -54,7 +54,7 @@ def test_every_file_with_a_kernel_is_compiled():
     with_kernels = {
         name
         for name in KERNELS
-        if name != "language"
+        if name not in ("language", "unpack")  # which launch nothing
         and "@triton.jit" in (HERE.parents[1] / "cuda_backend" / "kernels" / f"{name}.py").read_text()
     }
     assert with_kernels == set(NAMES)

@@ -335,38 +335,8 @@ def test_no_tensor_is_large_at_the_real_width(rows, dtype):
         given = Case(hidden, table, 30.0, torch.empty(rows), shape)
         for fp8 in (None, Fp8Rows(codes, scales))[: 1 if rows == 4096 else 2]:
             shape["table_fp8"] = fp8
-            for kernel in (False, True):
+            for kernel in (False, True) if fp8 is None or dtype == torch.bfloat16 else (False,):
                 with recording(), Largest(table, codes) as largest:
                     soft = given.soft(kernel, given.look(kernel))
                 assert soft.shape == hidden.shape and soft.dtype == dtype
                 assert 0 < largest.bytes <= LIMIT, (fp8, kernel, largest.bytes)
-
-
-# ---- the pass that this one replaces; to go with cuda_backend/vocabulary.py
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_agrees_with_the_older_pass(dtype):
-    from types import SimpleNamespace
-
-    from cuda_backend import vocabulary as older
-
-    torch.manual_seed(3)
-    hidden, table = torch.randn(9, 48).to(dtype), torch.randn(777, 48).to(dtype)
-    temperature, uniform = torch.linspace(0.4, 0.9, 9), torch.rand(9)
-    old = older.look(
-        hidden,
-        table,
-        SimpleNamespace(final_logit_softcapping=30.0),
-        scale=7.0,
-        temperature=temperature,
-        uniform=uniform,
-        bans=[None],
-        buffers=older.scratch(9, 777, hidden.device),
-    )
-    seen = look_ops(hidden, table, 30.0, temperature=temperature, uniform=uniform, cut=Cut(8, 64, 256))
-    soft = soft_ops(hidden, table, 30.0, scale=7.0, temperature=temperature, bias=None, seen=seen)
-    assert torch.equal(seen.argmax, old.argmax) and torch.equal(seen.drawn, old.drawn)
-    assert torch.allclose(seen.entropy, old.entropy, rtol=1e-5, atol=1e-6)
-    assert torch.allclose(seen.confidence, old.confidence, rtol=1e-5)
-    assert relative_error(soft, old.soft) < (1e-5 if dtype == torch.float32 else 2**-7)

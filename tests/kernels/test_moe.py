@@ -82,7 +82,7 @@ def test_experts(encoding, dtype, place, proof):
     weights = banks(inner, 192, encoding, dtype, place)
     found = experts_kernel(x, routes, *weights, dtype, CARDS[90])
     check(found, x, routes, *weights)
-    proof(f"experts {encoding}", dtype)
+    proof("experts", dtype)
 
 
 @every_dtype
@@ -90,7 +90,7 @@ def test_experts_of_fp8_rows(dtype, place, proof):
     x, routes = quantize_ops(tokens_in(37, 192, dtype, place)), routes_of(37, place)
     weights = banks(80, 192, FP8, dtype, place)
     check(in_every_order(lambda: experts_kernel(x, routes, *weights, dtype, CARDS[90])), x, routes, *weights)
-    proof("experts fp8 rows", dtype)
+    proof("experts", dtype)
 
 
 @pytest.mark.parametrize("encoding", [FP8, grouped("mxfp8")], ids=str)

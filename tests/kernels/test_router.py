@@ -40,7 +40,7 @@ def test_routes_are_those_of_float64(tokens, experts, top, dtype, place, proof):
     best = odds.gather(1, chosen)
     assert torch.equal(best, odds.sort(dim=-1, descending=True).values[:, :top])
     assert relative_error(found.weight, best / best.sum(-1, keepdim=True) * factor[chosen].double()) < 1e-6
-    proof("router", dtype)
+    proof("route", dtype)
 
 
 def test_equal_scores_go_to_the_lowest_expert(place):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -290,3 +292,20 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch):
     with pytest.raises(SystemExit, match="no CUDA GPU is visible to torch") as caught:
         gpu.main()
     assert "\n" not in str(caught.value)
+
+
+def test_make_gpu_needs_no_package_that_a_gpu_machine_may_lack():
+    """The kernels' tests are collected, and the benchmark is imported, without MLX and other tests' packages."""
+    absent = ("mlx", "gguf", "pyte", "mypy", "mlx_vlm")
+    code = f"""
+import importlib.abc, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {absent}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import pytest, benchmarks.gpu_stage, benchmarks.gpu_report
+sys.exit(pytest.main(["--collect-only", "-qq", "-m", "gpu", "-p", "no:cacheprovider", "tests/kernels"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
