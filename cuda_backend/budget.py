@@ -79,8 +79,7 @@ def plan(
     dtype = options.dtype or (checkpoint.dtype if checkpoint else "float32" if item_bytes(config) == 4 else "bfloat16")
     choice.check(options, gpu)
     rows = choice.proven_rows()
-    names = {row["kernel"] for row in rows if row["kernel"].startswith("experts ")}  # of whatever encoding
-    fused = gpu is not None and not choice.why_not("experts", options.kernels, gpu, dtype, rows, names)
+    fused = gpu is not None and not choice.why_not("experts", options.kernels, gpu, dtype, rows)
     card = gpu.card if gpu and fused else None
     graphs = place.type == "cuda" and not choice.why_not("graph", options.kernels, gpu, dtype, rows)
     tokens = min(tokens, config.text.max_position_embeddings)

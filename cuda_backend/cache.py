@@ -18,6 +18,11 @@ from torch import Tensor
 from mlx_diffgemma.config import ModelConfig
 
 SMALLEST = 64  # slots of a new buffer; from there it doubles
+LEAST = {
+    "cpu": 64,
+    "meta": 64,
+    "cuda": 4096,
+}  # the same of a whole one: most conversations fit, and find the graphs of the last
 
 
 Turns = dict[bool, tuple[Tensor, Tensor]]  # cos and sin [B or 1, T, 1, d / 2] of full layers and of sliding ones
@@ -51,8 +56,8 @@ class Chunk:
 class TorchCache:
     """See the module. ``scores`` float32 [B, L] is set by an encode that was asked to.
 
-    ``whole``: hand out whole buffers, whose shapes do not change from block to block, as a CUDA graph needs them;
-    else only the slots in use, so that plain operations read no more than there is.
+    ``whole``: hand out whole buffers, whose shapes do not change from block to block, as a CUDA graph needs them, and
+    have few sizes of them; else only the slots in use, so that plain operations read no more than there is.
     """
 
     def __init__(
@@ -159,16 +164,35 @@ class TorchCache:
             buffer[rows, :, slots] = new.transpose(1, 2)
 
     def _reserve(self, extent: int) -> None:
-        """Room for ``extent`` positions: by doubling, so that few blocks copy; a ring stops at W - 1."""
+        """Room for ``extent`` positions."""
         canvas, text = self.config.canvas_length, self.config.text
         for i, (k, v) in enumerate(self.layers):
-            needed = extent if text.full(i) else min(extent, text.window_keys)
-            capacity = k.shape[2] - canvas
-            if needed <= capacity:
-                continue
-            capacity = max(SMALLEST, 2 * capacity, needed)
-            capacity = capacity if text.full(i) else min(capacity, text.window_keys)
-            self.layers[i] = (padded(k, canvas + capacity), padded(v, canvas + capacity))
+            limit = None if text.full(i) else text.window_keys
+            held = k.shape[2] - canvas
+            slots = capacity(held, extent, limit, self.whole, self.device.type)
+            if slots > held:
+                self.layers[i] = (padded(k, canvas + slots), padded(v, canvas + slots))
+
+    def copied(self) -> list[tuple[Tensor, Tensor]]:
+        """The buffers once more."""
+        return [(k.clone(), v.clone()) for k, v in self.layers]
+
+    def twin(self) -> TorchCache:
+        """Another cache with the same buffers."""
+        return self._like(list(self.layers), self.lengths)
+
+
+def capacity(held: int, extent: int, limit: int | None, whole: bool, device: str) -> int:
+    """Slots of a buffer that has ``held`` and needs ``extent``: it doubles, so that few blocks copy.
+
+    Those of ``whole`` ones are powers of two. A ring stops at ``limit``.
+    """
+    needed = extent if limit is None else min(extent, limit)
+    if needed <= held:
+        return held
+    slots = max(LEAST[device] if whole else SMALLEST, 2 * held, needed)
+    slots = 1 << (slots - 1).bit_length() if whole else slots
+    return slots if limit is None else min(slots, limit)
 
 
 def padded(x: Tensor, slots: int) -> Tensor:

@@ -5,13 +5,13 @@ lives in tensors whose addresses do not, the *fixed* states below: beginning a b
 reads them and leaves its result there. The step's number, temperatures, lengths, masks and noise are among them.
 ``tests/backends/test_graphs.py`` changes every one of them after a capture.
 
-A block's first step is another graph than the rest: it has no soft embedding, and it may read a finished canvas.
+A block's first step is another graph than the rest: it has no soft embedding, and it may read a finished canvas. The
+cache is not copied for every block; it lives where the graphs look for it (``rooms.py``).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache import TorchCache
+from .rooms import Room
 from .step import State
 
-KEPT = 4  # graphs of so many shapes: a batch grows and shrinks, a cache doubles
+KEPT = 4  # graphs of one room: with and without a commit, for so many steps at most
 WARM_UP = 2  # runs before a capture, in which libraries and kernels are loaded
 
 Replay = Callable[[], None]
@@ -45,10 +47,7 @@ class GraphState:
 
     captured: Captured
     begun: bool
-
-    @property
-    def block(self) -> Any:
-        return self.captured.first.block
+    owing: TorchCache | None  # see ``State.owing``
 
     def view(self) -> Tensor:
         return self.captured.view if self.begun else self.captured.first.view()
@@ -59,23 +58,25 @@ class Graphs:
 
     def __init__(self, step: Callable[[State], State], capture: Capture):
         self._step, self._capture = step, capture
-        self._kept: OrderedDict[tuple[Any, ...], Captured] = OrderedDict()
 
-    def begin(self, state: State) -> GraphState:
-        """A block's state put where the graphs of its shapes look for it; they are captured when there are none."""
+    def begin(self, state: State, room: Room) -> GraphState:
+        """A block's state put where the graphs of its shapes look for it; they are captured when there are none.
+
+        The state's cache lives in ``room``.
+        """
         key = shapes(state)
-        if key not in self._kept:
-            self._kept[key] = self._captured(state)
-        self._kept.move_to_end(key)
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        captured = self._kept[key]
+        if key not in room.graphs:
+            room.graphs[key] = self._captured(bound(state, room.cache))
+        room.graphs.move_to_end(key)
+        while len(room.graphs) > KEPT:
+            room.graphs.popitem(last=False)
+        captured = room.graphs[key]
         copy(state, captured.first)
-        return GraphState(captured, begun=False)
+        return GraphState(captured, False, state.owing)
 
     def step(self, state: GraphState) -> GraphState:
         (state.captured.go_on if state.begun else state.captured.begin)()
-        return GraphState(state.captured, begun=True)
+        return GraphState(state.captured, True, None)
 
     def _captured(self, state: State) -> Captured:
         first = fixed(state)
@@ -107,9 +108,20 @@ def leaves(state: Any) -> Iterator[tuple[Tensor, bool]]:
 
 
 def shapes(state: State) -> tuple[Any, ...]:
-    """What a graph depends on: the shapes of all tensors, and where the shared ones lie."""
-    found = [(tensor.shape, tensor.dtype, tensor.data_ptr() if shared else None) for tensor, shared in leaves(state)]
-    return (*found, state.block.commit is None, state.block.bias is None)
+    """What a graph depends on, beside where the cache lies."""
+    return (
+        *((tensor.shape, tensor.dtype) for tensor, _ in leaves(state)),
+        state.block.commit is None,
+        state.block.bias is None,
+    )
+
+
+def bound(state: State, cache: TorchCache) -> State:
+    """The same state with ``cache`` to write a commit to: graphs must not keep alive the caches that they serve."""
+    if state.block.commit is None:
+        return state
+    commit = dataclasses.replace(state.block.commit, cache=cache)
+    return dataclasses.replace(state, block=dataclasses.replace(state.block, commit=commit))
 
 
 def fixed(state: Any, *, own: bool = True) -> Any:

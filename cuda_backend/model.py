@@ -20,6 +20,7 @@ from .graphs import Capture, Graphs, GraphState
 from .kernels.head import log_probabilities, logits_chunks, soften
 from .kernels.ops import Ops
 from .network import Network, Trace
+from .rooms import Rooms
 from .step import Commit, State, begin, step
 from .view import Reader, unpack
 from .weights import Weights
@@ -53,6 +54,7 @@ class TorchModel:
         self.config, self.device, self.dtype = config, device, dtype
         self.network = Network(config.text, weights, ops)
         self.graphs = Graphs(functools.partial(step, config, self.network), capture) if capture else None
+        self.rooms = Rooms()
         self.reader = Reader(device)
         self.chunk = CHUNK[device.type]
 
@@ -89,7 +91,7 @@ class TorchModel:
         ``lengths`` [B] counts the tokens of each row that are real. ``score`` sets ``cache.scores`` float32 [B, L]: log
         p of each token given those before it in this call; the first has none (nan), nor has padding.
         """
-        ids = np.asarray(tokens, np.int64)
+        ids = np.ascontiguousarray(tokens, np.int64)
         counts = np.full(len(ids), ids.shape[1], np.int64) if lengths is None else np.asarray(lengths, np.int64)
         if cache is None:
             cache = TorchCache(self.config, len(ids), self.device, self.dtype, whole=self.whole)
@@ -141,12 +143,13 @@ class TorchModel:
             self.encode(commit[0], cache, lengths=commit[1])
         elif commit is not None and commit[1].any():
             pending = self._commit(cache, *commit)
+        room = self.rooms.house(cache) if self.graphs else None
         state = begin(self.config, self.network, self._prefix(cache), specs, pending)
-        return self.graphs.begin(state) if self.graphs else state
+        return self.graphs.begin(state, room) if self.graphs and room else state
 
     def _commit(self, cache: TorchCache, tokens: np.ndarray, lengths: np.ndarray) -> Commit:
         """Room for ``tokens`` [B, T], of which ``lengths`` [B] count; their keys come with the first step."""
-        ids = torch.from_numpy(np.asarray(tokens, np.int64)).to(self.device)
+        ids = torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(self.device)
         counts = np.asarray(lengths, np.int64)
         chunk = cache.chunk(ids.shape[1], counts)
         cache.lengths += counts
@@ -167,8 +170,8 @@ class TorchModel:
             after = self.graphs.step(state)
         else:
             after = step(self.config, self.network, state)
-        if state.block.commit is not None:
-            state.block.commit.cache.owed = False
+        if state.owing is not None:
+            state.owing.owed = False
         return after
 
     @torch.inference_mode()
@@ -195,7 +198,7 @@ class TorchModel:
         unknown = sorted(set(want) - set(INSPECTED))
         if unknown:
             raise OptionError(f"want={unknown[0]!r} is unknown; choose of {', '.join(INSPECTED)}")
-        ids = torch.from_numpy(np.asarray(canvas, np.int64)).to(self.device)
+        ids = torch.from_numpy(np.ascontiguousarray(canvas, np.int64)).to(self.device)
         trace = Trace()
         hidden = self.network.denoise(ids, self._soft(ids, previous), self._prefix(cache), trace=trace)
         found = {}

@@ -81,6 +81,11 @@ class State:
     done: Tensor  # bool [B]
     steps: Tensor  # int32 [B]
 
+    @property
+    def owing(self) -> TorchCache | None:
+        """The cache that a commit is to be read into by the step to come."""
+        return self.block.commit.cache if self.block.commit and self.last is None else None
+
     def view(self) -> Tensor:
         """All that ``CanvasView`` shows, in one tensor."""
         return pack(self.canvas, self.argmax, self.accepted, self.entropy, self.confidence, self.done, self.steps)

@@ -8,7 +8,6 @@ mistakes there are the tests.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,10 +19,9 @@ from mlx_diffgemma.backend import CanvasSpec
 from mlx_diffgemma.config import GenerationConfig, ModelConfig
 from mlx_diffgemma.errors import BackendError
 
-from ..graphs import Capture, Graphs
+from ..graphs import Capture
 from ..linear import Quantized, Stack, Weight
 from ..model import TorchModel
-from ..step import begin, step
 from ..weights import Layer, Weights
 from .choice import Choice
 from .ops import Operation, Ops
@@ -185,22 +183,20 @@ def share(true: Tensor) -> float:
 # ---- a captured step
 
 
-@torch.inference_mode()
 def check_graph(model: TorchModel, capture: Capture) -> None:
     """Two steps by graphs, of a block that was captured for another: bit for bit what two steps are without.
 
     Raises:
         BackendError: they differ.
     """
-    config, network = model.config, model.network
-    cache = model.encode(tokens_of(config))
-    positions = cache.lengths[0] + torch.arange(config.canvas_length, device=model.device)
-    prefix = cache.prefix(network.turns(positions[None]))
-    graphs = Graphs(functools.partial(step, config, network), capture)
-    graphs.begin(begin(config, network, prefix, [CanvasSpec(TWO_STEPS.replace(temperature=0.5), seed=2)], None))
-    plain = begin(config, network, prefix, [CanvasSpec(TWO_STEPS, seed=1)], None)
-    graph = graphs.begin(plain)
+    same = model.config, model.network.weights, model.device, model.dtype, model.network.ops
+    graphed, plain = TorchModel(*same, capture), TorchModel(*same, whole=True)
+    caches = [each.encode(tokens_of(model.config)) for each in (graphed, plain)]
+    other = CanvasSpec(TWO_STEPS.replace(temperature=0.5), seed=2)
+    graphed.step(graphed.step(graphed.begin(caches[0], [other])))
+    states = [each.begin(cache, [CanvasSpec(TWO_STEPS, seed=1)]) for each, cache in zip((graphed, plain), caches)]
     for _ in range(TWO_STEPS.max_denoising_steps):
-        plain, graph = step(config, network, plain), graphs.step(graph)
-        if not torch.equal(plain.view(), graph.view()):
+        states = [each.step(state) for each, state in zip((graphed, plain), states)]
+        views = [dataclasses.astuple(each.read(state)) for each, state in zip((graphed, plain), states)]
+        if not all(np.array_equal(*pair) for pair in zip(*views, strict=True)):
             raise BackendError("a step as a CUDA graph differs from the step: load with kernels='ops', and report it")

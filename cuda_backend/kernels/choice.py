@@ -43,7 +43,6 @@ KERNELS = (
     "soft",
     "graph",  # a whole step, captured: see ``graphs.py``
 )
-ENCODED = ("packed_linear", "experts")  # proven encoding by encoding: "experts nvfp4", "experts dense"
 PROVEN = Path(__file__).with_name("proven.json")
 Row = Mapping[str, Any]
 
@@ -136,13 +135,8 @@ def check(options: LoadOptions, gpu: Gpu | None) -> None:
         )
 
 
-def why_not(
-    kernel: str, requested: str, gpu: Gpu | None, dtype: str, proven: Sequence[Row], names: Iterable[str] = ()
-) -> str:
-    """Why a kernel does not run, whatever obstacles the weights are; "" if it does.
-
-    ``names``: those that must have been proven, if not the kernel's own; see ``proofs``.
-    """
+def why_not(kernel: str, requested: str, gpu: Gpu | None, dtype: str, proven: Sequence[Row]) -> str:
+    """Why a kernel does not run, whatever the weights are; "" if it does."""
     if requested == "ops":
         return "as asked"
     if gpu is None or (gpu is INTERPRETER and kernel == "graph"):
@@ -151,7 +145,7 @@ def why_not(
         return "Triton is not installed"
     if gpu.card is None:
         return f"none for sm_{gpu.sm}, only for {listed()}"
-    if requested == "fused" or all(is_proven(name, gpu.sm, dtype, proven) for name in names or (kernel,)):
+    if requested == "fused" or is_proven(kernel, gpu.sm, dtype, proven):
         return ""
     return "available, unproven here"
 
@@ -184,21 +178,6 @@ def obstacle(pair: tuple[Weight, Weight], card: Card) -> str:
     return unsupported(pair[0], card) or unsupported(pair[1], card)
 
 
-def stored_as(weight: Weight) -> str:
-    return str(weight.encoding) if isinstance(weight, Quantized) else "dense"
-
-
-def proofs(kernel: str, weights: Weights, card: Card) -> set[str]:
-    """Names of rows that ``kernel`` must have: what unpacks weights is proven for each encoding by itself."""
-    if kernel == "packed_linear":
-        return {f"{kernel} {stored_as(weight)}" for weight in packed(weights) if not unsupported(weight, card)}
-    if kernel == "experts":
-        pairs = [pair for pair in banks(weights) if not obstacle(pair, card)]
-        every = [(weight, takes_fp8(weight)) for pair in pairs for weight in pair]
-        return {f"{kernel} {'fp8 rows' if fp8 else stored_as(weight)}" for weight, fp8 in every}
-    return {kernel}
-
-
 def choose_kernels(
     gpu: Gpu | None,
     requested: str,
@@ -216,10 +195,7 @@ def choose_kernels(
     if not packed(weights):
         needed -= {"packed_linear"}
     card = gpu.card if gpu else None
-    names = {kernel: proofs(kernel, weights, card) if card else set() for kernel in needed}
-    reasons = {
-        kernel: why_not(kernel, requested, gpu, name, rows, names[kernel]) for kernel in KERNELS if kernel in needed
-    }
+    reasons = {kernel: why_not(kernel, requested, gpu, name, rows) for kernel in KERNELS if kernel in needed}
     exceptions: dict[str, str] = {}
     if card:
         found = {
@@ -247,12 +223,6 @@ def proven_rows(path: Path = PROVEN) -> list[Row]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def known(name: str) -> bool:
-    """Whether a row of this name could turn something on: a kernel, or one of the two that unpack and an encoding."""
-    kernel, _, encoding = name.partition(" ")
-    return kernel in KERNELS and (kernel in ENCODED) == bool(encoding) and encoding != "None"
-
-
 def is_proven(kernel: str, sm: int, dtype: str, rows: Sequence[Row]) -> bool:
     here = {"kernel": kernel, "sm": sm, "dtype": dtype, **versions()}
     return any(all(row[name] == value for name, value in here.items()) for row in rows)
@@ -266,7 +236,7 @@ def versions() -> dict[str, str]:
 
 def prove(kernel: str, dtype: str, path: Path = PROVEN) -> None:
     """Write down that the tests of ``kernel`` have passed on the GPU in use, in place of an older row."""
-    assert known(kernel), kernel
+    assert kernel in KERNELS, kernel
     assert not jit.INTERPRETED, "an interpreter proves nothing about a GPU"
     gpu = gpu_of(torch.device("cuda", torch.cuda.current_device()), "auto")
     assert gpu is not None

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -107,6 +109,49 @@ def changed(tensor):
     if tensor.dtype.is_floating_point:
         return tensor * 0.75 + 0.01
     return torch.where(tensor == 0, 1, tensor - 1)
+
+
+def test_the_next_request_finds_the_graphs_of_the_last(place):
+    """Its cache moves to where they look; the last one's, if somebody still has it, takes a copy along."""
+    plain, graphed = models(place)
+    rng = np.random.default_rng(6)
+    prompts, canvas = rng.integers(0, V, (2, 2, 30)), rng.integers(0, V, (2, C))
+    first, second = (graphed.encode(tokens) for tokens in prompts)
+    begun = [graphed.begin(cache, specs(2)) for cache in (first, second, first)]
+    assert len({id(state.captured) for state in begun}) == 1
+    assert first.layers[0][0] is not second.layers[0][0]
+    for cache, tokens in zip((first, second), prompts, strict=True):
+        found, expected = (
+            one.inspect(kept, canvas)["logits"] for one, kept in ((graphed, cache), (plain, plain.encode(tokens)))
+        )
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_cache_that_grows_leaves_its_room(place):
+    """Its full layers get new buffers, its rings do not; the next cache in the old room must not share them."""
+    plain, graphed = models(place)
+    rng = np.random.default_rng(7)
+    prompts, canvas = rng.integers(0, V, (2, 2, 40)), rng.integers(0, V, (2, C))
+    kept = []
+    for tokens in prompts:
+        caches = [one.encode(tokens) for one in (graphed, plain)]
+        for commit in (None, (canvas, np.array([C, C])), (canvas[::-1], np.array([C, 9]))):
+            for one, cache in zip((graphed, plain), caches, strict=True):
+                one.step(one.begin(cache, specs(2), commit=commit))
+        kept.append(caches)
+    for mine, theirs in kept:
+        found, expected = (one.inspect(cache, canvas)["logits"] for one, cache in ((graphed, mine), (plain, theirs)))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_graphs_keep_no_cache_alive(place):
+    _, graphed = models(place)
+    cache = graphed.encode(np.ones((2, 10), np.int64))
+    graphed.step(graphed.begin(cache, specs(1), commit=(np.ones((2, C), np.int64), np.array([C, 3]))))
+    gone = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -150,7 +150,7 @@ def test_embedding_scale_is_rounded_to_the_dtype():
 def test_describes_itself_and_refuses_what_it_cannot_do():
     _, model = models()
     described = model.describe()
-    assert described["backend"] == "cpu" and described["kernels"] == "ops" and described["approximations"] == []
+    assert described["backend"] == "cpu" and described["kernels"]["fused"] == described["approximations"] == []
     assert cuda_backend.memory("cpu") > 0 and model.peak_memory() > 0
     with pytest.raises(OptionError, match="float16"):
         cuda_backend.load(open_checkpoint(checkpoint(seed=1)), device="cpu", dtype="float16")
