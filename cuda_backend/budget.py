@@ -19,12 +19,13 @@ from mlx_diffgemma.formats.encoding import Encoding
 from mlx_diffgemma.memory import MemoryPlan, is_packed, width_of
 from mlx_diffgemma.tensors import VISION, item_bytes, tensor_table
 
-from .cache import SMALLEST
+from .cache import capacity
 from .kernels import attention_plan, choice, head, logits
 from .kernels.cards import Card
 from .kernels.unpack import unsupported
 from .linear import PIECE, Quantized
 from .model import CHUNK
+from .rooms import ROOMS
 
 TOKENS = 4096  # per row, for which a model is planned when it is loaded
 RUNTIME = 2**29  # CUDA's context, its libraries' workspaces, kernels, the nodes of graphs: an estimate
@@ -40,6 +41,7 @@ class Setting:
         chunk: tokens of a row that are read together.
         card: of the kernels, None where operations are plain.
         graphs: whether steps are captured.
+        whole: of the cache, see ``TorchCache``.
     """
 
     config: ModelConfig
@@ -49,6 +51,8 @@ class Setting:
     chunk: int
     card: Card | None = None
     graphs: bool = False
+    whole: bool = False
+    device: str = "cpu"
 
     @property
     def text(self) -> TextConfig:
@@ -83,7 +87,9 @@ def plan(
     card = gpu.card if gpu and fused else None
     graphs = place.type == "cuda" and not choice.why_not("graph", options.kernels, gpu, dtype, rows)
     tokens = min(tokens, config.text.max_position_embeddings)
-    setting = Setting(config, width_of(config, dtype), batch, tokens, CHUNK[place.type], card, graphs)
+    whole = graphs or not choice.why_not("canvas_attention", options.kernels, gpu, dtype, rows)
+    width, chunk = width_of(config, dtype), CHUNK[place.type]
+    setting = Setting(config, width, batch, tokens, chunk, card, graphs, whole, place.type)
     held = weight_bytes(checkpoint, setting.width) if checkpoint else {}
     table = config.text.vocab_size * config.text.hidden_size
     parts = {
@@ -94,7 +100,7 @@ def plan(
         "activations": forward_bytes(setting, max(setting.step_rows, batch * min(tokens, setting.chunk))),
         "vocabulary": vocabulary_bytes(setting),
         "unpacking": unpacking_bytes(setting, list(held)),
-        "graphs": forward_bytes(setting, setting.step_rows) + vocabulary_bytes(setting) if graphs else 0,
+        "graphs": graphs_bytes(setting),
         "runtime": RUNTIME if place.type == "cuda" else 0,
     }
     return MemoryPlan({name: size for name, size in parts.items() if size}, tokens, batch)
@@ -129,19 +135,24 @@ def cache_bytes(setting: Setting) -> int:
     text, slots = setting.text, 0
     for layer, (heads, dim) in enumerate(zip(text.num_key_value_heads, text.head_dims, strict=True)):
         limit = None if text.full(layer) else text.window_keys
-        slots += 2 * heads * dim * (setting.config.canvas_length + capacity(setting.tokens, setting.chunk, limit))
+        slots += 2 * heads * dim * (setting.config.canvas_length + slots_of(setting, limit))
     return setting.batch * setting.width * slots
 
 
-def capacity(tokens: int, chunk: int, limit: int | None) -> int:
-    """Slots of a buffer behind ``tokens`` that were read ``chunk`` by ``chunk``; a ring stops at ``limit``."""
-    found = 0
-    for end in [*range(chunk, tokens, chunk), tokens]:
-        needed = end if limit is None else min(end, limit)
-        if needed > found:
-            grown = max(SMALLEST, 2 * found, needed)
-            found = grown if limit is None else min(grown, limit)
-    return found
+def slots_of(setting: Setting, limit: int | None) -> int:
+    """Of a buffer, behind the canvas's, once the tokens have been read chunk by chunk; a ring stops at ``limit``."""
+    slots = 0
+    for end in [*range(setting.chunk, setting.tokens, setting.chunk), setting.tokens]:
+        slots = capacity(slots, end, limit, setting.whole, setting.device)
+    return slots
+
+
+def graphs_bytes(setting: Setting) -> int:
+    """A captured step has buffers of its own, and the cache may have grown out of a room that is still kept."""
+    if not setting.graphs:
+        return 0
+    step = forward_bytes(setting, setting.step_rows) + vocabulary_bytes(setting)
+    return step + (ROOMS - 1) * cache_bytes(setting)
 
 
 # ---- what comes and goes
@@ -167,7 +178,7 @@ def scores_bytes(setting: Setting, rows: int) -> int:
     if setting.card is not None:
         one = max(setting.text.head_dims) * setting.text.num_attention_heads * rows
         return 4 * min(attention_plan.MOST_SPLITS * one, attention_plan.MOST_WAVES * setting.card.processors * TILE)
-    seen = setting.config.canvas_length + capacity(setting.tokens, setting.chunk, None) + rows // setting.batch
+    seen = setting.config.canvas_length + slots_of(setting, None) + rows // setting.batch
     return 4 * rows * setting.text.num_attention_heads * seen
 
 

@@ -216,8 +216,7 @@ def _attend(
     """
     parts: tl.constexpr = HEAD_DIM // COLUMNS
     tile = tl.num_programs(0) // parts - 1 - tl.program_id(0) // parts  # the longest of a causal pass start first
-    batch = (tl.program_id(1) // GROUPS).to(tl.int64)
-    group = (tl.program_id(1) % GROUPS).to(tl.int64)
+    batch, group = (tl.program_id(1) // GROUPS).to(tl.int64), (tl.program_id(1) % GROUPS).to(tl.int64)
     split = tl.program_id(2)
     at = tile * ROWS + tl.arange(0, ROWS)
     inside = at < length * STACKED
@@ -231,12 +230,11 @@ def _attend(
     count = tl.load(counts + batch)
     low, seen, own_low, own_seen = _seen(count, tile, canvas, length, ROWS, STACKED, WINDOW, CAUSAL)
     first = batch * cache_batch + group * cache_head + (canvas * HEAD_DIM if CAUSAL else 0)
-    keys += first
-    values += first
+    keys, values = keys + first, values + first
     tiles = tl.cdiv(seen, KEYS)
     every = tiles + tl.cdiv(own_seen, KEYS)
-    begin = split * tl.cdiv(every, SPLITS)
-    end = tl.minimum(begin + tl.cdiv(every, SPLITS), every)
+    share = tl.cdiv(every, SPLITS)
+    begin, end = split * share, tl.minimum((split + 1) * share, every)
 
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     norm = tl.zeros((ROWS,), tl.float32)
@@ -269,8 +267,14 @@ def _attend(
         some = begin < end  # else the part is never read: its maximum is -inf
         tl.store(place + split.to(tl.int64) * total * HEAD_DIM, acc, mask=inside[:, None] & some)
         if tl.program_id(0) % parts == 0:
-            tl.store(stats + split * total + line, top, mask=inside)
-            tl.store(stats + (SPLITS + split) * total + line, norm, mask=inside)
+            _note(stats, split, SPLITS, total, line, inside, top, norm)
+
+
+@triton.jit
+def _note(stats, split, SPLITS: tl.constexpr, total, line, inside, top, norm):
+    """Maxima and sums of one split: its rows of ``stats`` [2, SPLITS, total]."""
+    tl.store(stats + split * total + line, top, mask=inside)
+    tl.store(stats + (SPLITS + split) * total + line, norm, mask=inside)
 
 
 @triton.jit

@@ -184,19 +184,25 @@ def share(true: Tensor) -> float:
 
 
 def check_graph(model: TorchModel, capture: Capture) -> None:
-    """Two steps by graphs, of a block that was captured for another: bit for bit what two steps are without.
+    """Two steps by graphs that were captured for another block: bit for bit what two steps are without.
 
     Raises:
         BackendError: they differ.
     """
     same = model.config, model.network.weights, model.device, model.dtype, model.network.ops
-    graphed, plain = TorchModel(*same, capture), TorchModel(*same, whole=True)
-    caches = [each.encode(tokens_of(model.config)) for each in (graphed, plain)]
-    other = CanvasSpec(TWO_STEPS.replace(temperature=0.5), seed=2)
-    graphed.step(graphed.step(graphed.begin(caches[0], [other])))
-    states = [each.begin(cache, [CanvasSpec(TWO_STEPS, seed=1)]) for each, cache in zip((graphed, plain), caches)]
-    for _ in range(TWO_STEPS.max_denoising_steps):
-        states = [each.step(state) for each, state in zip((graphed, plain), states)]
-        views = [dataclasses.astuple(each.read(state)) for each, state in zip((graphed, plain), states)]
-        if not all(np.array_equal(*pair) for pair in zip(*views, strict=True)):
-            raise BackendError("a step as a CUDA graph differs from the step: load with kernels='ops', and report it")
+    other, spec = CanvasSpec(TWO_STEPS.replace(temperature=0.5), seed=2), CanvasSpec(TWO_STEPS, seed=1)
+    graphed = two_steps(TorchModel(*same, capture), [other, spec])
+    plain = two_steps(TorchModel(*same, whole=True), [spec])
+    if not all(np.array_equal(*pair) for pair in zip(graphed, plain, strict=True)):
+        raise BackendError("a step as a CUDA graph differs from the step: load with kernels='ops', and report it")
+
+
+def two_steps(model: TorchModel, specs: list[CanvasSpec]) -> list[np.ndarray]:
+    """All that is shown of the last of some blocks, which begin behind one prompt."""
+    cache, shown = model.encode(tokens_of(model.config)), list[np.ndarray]()
+    for spec in specs:
+        state, shown = model.begin(cache, [spec]), []
+        for _ in range(TWO_STEPS.max_denoising_steps):
+            state = model.step(state)
+            shown += vars(model.read(state)).values()
+    return shown

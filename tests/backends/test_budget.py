@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from tests.formats.foreign import foreign
 from tests.formats.quantized import quantized
 from tests.tiny import checkpoint
 
+README = Path(__file__).parents[2] / "README.md"
 CONFIG = ModelConfig.from_dict(read_json(PUBLISHED))
 FP8, NVFP4 = Encoding("fp8", "bfloat16", 8), grouped("nvfp4")
 FOUR = grouped("affine", bits=4, group_size=64)
@@ -74,6 +74,13 @@ def test_26b_fits(encodings, batch, limit, monkeypatch, record):
     print(plan.line("a GPU"))
     assert plan.total < limit
     assert plan.parts["weights"] + plan.parts["embedding"] > 0.6 * plan.total / batch**0.5
+
+
+def test_the_readme_has_these_sums(monkeypatch):
+    text = README.read_text(encoding="utf-8")
+    for encodings, batch in ((ALL_FP8, 1), (ALL_FP8 | {"experts": NVFP4}, 1), (ALL_FP8, 16)):
+        total = on_gpu(monkeypatch, big(**encodings), "fused", batch).total
+        assert f" {total / 1e9:.1f} GB" in text, f"{total / 1e9:.1f} GB"
 
 
 def test_26b_in_plain_operations(monkeypatch):
@@ -158,12 +165,3 @@ def test_forwards_stay_within_the_plan(kind, dtype, batch, tokens, record):
     assert stepping.peak <= seen + parts["vocabulary"]
     if opened.config.text.vocab_size > 10_000:
         assert stepping.peak > 0.5 * parts["vocabulary"]
-
-
-@pytest.mark.parametrize("limit", [None, 15, 1023])
-def test_capacity_is_the_caches_own(limit):
-    for tokens in (1, 64, 65, 512, 513, 1024, 1100, 5000):
-        slots = budget.capacity(tokens, 512, limit)
-        assert slots >= (tokens if limit is None else min(tokens, limit))
-        assert limit is None or slots <= limit
-        assert slots < 2 * max(tokens, 64) and math.log2(slots + (1 if limit else 0)) > 3

@@ -101,7 +101,7 @@ def files_are_short(module: str, tree: ast.Module, text: str) -> Iterator[str]:
 def functions_are_short(module: str, tree: ast.Module, text: str) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = node.end_lineno - node.lineno + 1
+            lines = node.end_lineno - node.body[0].lineno + 2  # parameters, one a line in a kernel, are no statements
             if lines > LONGEST_FUNCTION:
                 yield f"{node.name}: {lines} lines"
 

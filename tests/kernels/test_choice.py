@@ -29,7 +29,6 @@ from mlx_diffgemma.formats.encoding import Encoding, grouped
 from tests.backends.tape import record as tape
 from tests.conftest import load_model
 from tests.formats.foreign import foreign
-from tests.formats.quantized import quantized
 from tests.tiny import FULL, SLIDING, checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +109,8 @@ def test_what_is_asked_for_by_name_is_had_or_refused(monkeypatch):
 
 
 def weights_of(kind: str, fp8: bool = False):
+    from tests.formats.quantized import quantized  # which takes MLX, and a machine with a GPU may have none
+
     folder = {"dense": lambda: checkpoint(seed=1), "ct": lambda: foreign("ct-fp8")}.get(kind, lambda: quantized(kind))()
     return cuda_backend.read_weights(open_checkpoint(folder), torch.device("cpu"), torch.bfloat16, fp8=fp8)
 

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from formats import W8A8
 
 from benchmarks import convert
 from benchmarks.peers import PAIRS, RESULTS, ROOT
@@ -55,6 +56,6 @@ def test_converting_is_measured_and_meets_its_goal():
 def test_every_recipe_is_measured_on_the_demo():
     """On 2,000 held-out prompts, paired: none may cost more than a point, within its 95 % interval."""
     formats = json.loads((ROOT / "demo" / "formats.json").read_text())["formats"]
-    assert set(formats) == set(RECIPES)
+    assert set(formats) == {*RECIPES, *(f"{recipe} W8A8" for recipe in W8A8)}
     for recipe, row in formats.items():
         assert row["count"] == 2000 and (recipe == "bf16" or row["interval"][0] > -0.01), recipe
