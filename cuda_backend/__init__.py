@@ -68,7 +68,7 @@ def load(
     check_activations(checkpoint, activations)
     planned = plan(checkpoint.config, checkpoint.nbytes, checkpoint, device=device, options=options)
     weights = read_weights(checkpoint, place, DTYPES[name], fp8=activations == "fp8")
-    choice = choose_kernels(gpu, kernels, DTYPES[name], weights, fp8_head=head is not None)
+    choice = choose_kernels(gpu, kernels, DTYPES[name], weights)
     unpacked = not choice.on("experts") or bool(choice.exceptions)
     said = remarks(checkpoint, name, activations=activations, head=head, unpacked=unpacked)
     table = fp8_table(weights.embed_tokens) if head else None

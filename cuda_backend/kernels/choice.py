@@ -184,8 +184,6 @@ def choose_kernels(
     dtype: torch.dtype,
     weights: Weights,
     proven: Sequence[Row] | None = None,
-    *,
-    fp8_head: bool = False,
 ) -> Choice:
     """The kernels for ``weights``; those that they have no use for are not mentioned. ``check`` comes first."""
     name, rows = str(dtype).removeprefix("torch."), proven_rows() if proven is None else proven
@@ -207,8 +205,6 @@ def choose_kernels(
                 reasons[kernel] = _unique(obstacles)
             elif reasons.get(kernel) == "" and any(obstacles):
                 exceptions[kernel] = _unique(obstacles)
-    if fp8_head and dtype != torch.bfloat16:  # which is what torch's FP8 product gives
-        reasons |= {kernel: reasons[kernel] or f"not for an FP8 head in {name}" for kernel in ("look", "soft")}
     return Choice(requested, gpu, reasons, exceptions)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .cards import Card
+from .fp8_gemm import fits, fp8_linear, fp8_linear_kernel
 from .jit import tl, triton
 from .language import INTERPRETED, narrowed, rounded
 from .launch import Config, launch
@@ -90,7 +91,7 @@ def look_kernel(
     config = Config({"SPAN": cut.span, "BLOCK": cut.block}, num_warps=2)
     shape = _shape(temperature, bias, cap)
     quantized = None if table_fp8 is None else quantize_kernel(hidden, card)
-    for part, x in _products(hidden, table, cut.chunk, quantized, table_fp8):
+    for part, x in _products(hidden, table, cut.chunk, quantized, table_fp8, card):
         width = x.shape[1]
         grid = (rows, triton.cdiv(width, cut.block))
         out = (peaks, best, sums, part.start, width, blocks, spans)
@@ -129,7 +130,7 @@ def soft_kernel(
     shape = _shape(temperature, bias, cap)
     config = Config({"BLOCK": cut.block}, num_warps=2)
     quantized = None if table_fp8 is None else quantize_kernel(hidden, card)
-    for part, x in _products(hidden, table, cut.chunk, quantized, table_fp8):
+    for part, x in _products(hidden, table, cut.chunk, quantized, table_fp8, card):
         width = x.shape[1]
         grid = (len(hidden), triton.cdiv(width, cut.block))
         launch(_odds, grid, x, *shape, seen.greatest, seen.total, part.start, width, config=config)
@@ -144,18 +145,14 @@ def _shape(temperature: Tensor, bias: Bias | None, cap: float | None) -> tuple[T
 
 
 def _products(
-    hidden: Tensor, table: Tensor, chunk: int, quantized: Fp8Rows | None, table_fp8: Fp8Rows | None
+    hidden: Tensor, table: Tensor, chunk: int, quantized: Fp8Rows | None, table_fp8: Fp8Rows | None, card: Card
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Which ids, and hidden states times their rows [N, ids] in the model's dtype, in a buffer that the next one uses.
-
-    The FP8 product gives bfloat16 only. The tensor core's short accumulator is not asked for: ``use_fast_accum``.
-    """
+    """Which ids, and hidden states times their rows [N, ids] in the model's dtype, in a buffer that is used again."""
     if quantized is not None and table_fp8 is not None:
-        assert hidden.dtype == torch.bfloat16
         for part in chunks(len(table), chunk):
             right = rows_of(table_fp8, part)
-            scales = (quantized.scales, right.scales.T)
-            yield part, torch._scaled_mm(quantized.codes, right.codes.T, *scales, out_dtype=hidden.dtype)
+            product = fp8_linear if fits(*right.shape) else fp8_linear_kernel
+            yield part, product(quantized, right.codes, right.scales, hidden.dtype, card)
         return
     buffer = hidden.new_empty(len(hidden) * min(chunk, len(table)))
     for part in chunks(len(table), chunk):

@@ -371,19 +371,11 @@ def test_kernels_pass_the_self_check_interpreted(kind):
     opened = open_checkpoint(foreign("ct-mixed") if fp8 else checkpoint(seed=1, shape=TWO_LAYERS))
     weights = cuda_backend.read_weights(opened, torch.device("cpu"), dtype, fp8=True)
     head = quantize_ops(weights.embed_tokens) if fp8 else None
-    chosen = choose_kernels(INTERPRETER, "fused", dtype, weights, [], fp8_head=fp8)
+    chosen = choose_kernels(INTERPRETER, "fused", dtype, weights, [])
     assert "graph" not in chosen.fused and chosen.describe()["interpreted"]
     assert {"look", "soft", "experts"} <= {*chosen.fused} and chosen.on("fp8_linear") == fp8
     pair = [build.with_head(ops, head) for ops in (build.build_ops(chosen, dtype), plain(dtype))]
     self_check(chosen, *pair, opened.config, weights)
-
-
-def test_an_fp8_head_has_kernels_in_bfloat16_alone():
-    _, weights = small("dense")
-    chosen = choose_kernels(HOPPER, "fused", torch.float32, weights, [], fp8_head=True)
-    assert "FP8 head in float32" in chosen.reasons["look"] and not chosen.on("soft") and chosen.on("norm")
-    assert choose_kernels(HOPPER, "fused", torch.bfloat16, weights, [], fp8_head=True).on("look")
-    assert choose_kernels(HOPPER, "ops", torch.float32, weights, [], fp8_head=True).reasons["look"] == "as asked"
 
 
 WITHOUT = """
