@@ -16,7 +16,7 @@ from torch import Tensor
 
 from convert.recipes import RECIPES, Recipe
 from cuda_backend.linear import Dense, Quantized, Weight
-from cuda_backend.weights import Reader, Weights, _layer, fp8_product
+from cuda_backend.weights import Reader, Weights, for_fp8, fp8_product, layer_of
 from mlx_diffgemma.backend import Remarks
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.formats.checkpoint import EMBEDDING
@@ -50,8 +50,8 @@ class Maker(Reader):
         spread = self._spread(names[0], shape)
         if not encoding.quantized:
             return self._counted(Dense(self._normal(shape, spread)))
-        parts = packed(encoding, shape, spread, self.random)
-        return self._counted(Quantized(encoding, shape, parts, self.fp8 and fp8_product(encoding, shape)))
+        weight = self._counted(Quantized(encoding, shape, packed(encoding, shape, spread, self.random)))
+        return for_fp8(weight) if self.fp8 and fp8_product(encoding, shape) else weight
 
     def values(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Of norms, scales and scalars: between 0.5 and 1.5, a layer's own scalar between 0.7 and 1.1."""
@@ -130,7 +130,7 @@ def random_weights(
             norm=make.norm(f"{DECODER}.norm"),
             pre_norm=make.norm(f"{conditioning}.pre_norm"),
             self_conditioning=make.gated_mlp(conditioning),
-            layers=tuple(_layer(make, i, text.full(i)) for i in range(text.num_hidden_layers)),
+            layers=tuple(layer_of(make, i, text.full(i)) for i in range(text.num_hidden_layers)),
             nbytes=make.nbytes,
             remarks=Remarks({}, (), ("random weights",)),
         )

@@ -63,6 +63,8 @@ def load(
         raise OptionError(f"dtype={name!r} cannot be computed in here; choose {' or '.join(DTYPES)}")
     options = LoadOptions(name, kernels, activations, head).checked("cuda")
     place, gpu = torch.device(device), gpu_of(torch.device(device), kernels)
+    if place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)  # where Triton launches and graphs are captured
     check(options, gpu)
     check_sizes(checkpoint, name)
     check_activations(checkpoint, activations)
@@ -92,7 +94,7 @@ def build(
     whole = choice.on("canvas_attention")
     model = TorchModel(config, weights, table.device, table.dtype, ops, capture, whole, about)
     if checked and capture:
-        check_graph(model, capture)
+        check_graph(model, cuda_capture())  # with a pool of its own, which goes with the model that is checked
     return model
 
 

@@ -140,11 +140,8 @@ def cache_bytes(setting: Setting) -> int:
 
 
 def slots_of(setting: Setting, limit: int | None) -> int:
-    """Of a buffer, behind the canvas's, once the tokens have been read chunk by chunk; a ring stops at ``limit``."""
-    slots = 0
-    for end in [*range(setting.chunk, setting.tokens, setting.chunk), setting.tokens]:
-        slots = capacity(slots, end, limit, setting.whole, setting.device)
-    return slots
+    """Of a buffer, behind the canvas's, once the tokens have been read; a ring stops at ``limit``."""
+    return capacity(0, setting.tokens, limit, setting.whole, setting.device)
 
 
 def graphs_bytes(setting: Setting) -> int:
@@ -177,7 +174,7 @@ def scores_bytes(setting: Setting, rows: int) -> int:
     """Within attention: a kernel's parts of results; in torch, as if all float32 scores of a layer were kept."""
     if setting.card is not None:
         one = max(setting.text.head_dims) * setting.text.num_attention_heads * rows
-        return 4 * min(attention_plan.MOST_SPLITS * one, attention_plan.MOST_WAVES * setting.card.processors * TILE)
+        return 4 * min(attention_plan.SPLITS[-1] * one, attention_plan.MOST_WAVES * setting.card.processors * TILE)
     seen = setting.config.canvas_length + slots_of(setting, None) + rows // setting.batch
     return 4 * rows * setting.text.num_attention_heads * seen
 

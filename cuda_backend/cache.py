@@ -47,6 +47,7 @@ class Chunk:
     """
 
     positions: Tensor  # int64 [B or 1, T]
+    rows: Tensor  # int64 [B, 1], 0 .. B - 1
     before: Tensor  # int32 [B], tokens cached before the chunk
     full_slots: Tensor  # int64 [B, T]
     ring_slots: Tensor  # int64 [B, T]
@@ -130,11 +131,12 @@ class TorchCache:
     def chunk(self, width: int, counts: np.ndarray) -> Chunk:
         """Prepare to read ``width`` more tokens, of which the first ``counts`` [B] of each row are real; make room."""
         text, past = self.config.text, self.lengths
-        self._reserve(int((past + counts).max()))
+        self.reserve(int((past + counts).max()))
         shared = past[:1] if (past == past[0]).all() and not self.whole else past
         before = torch.from_numpy(shared).to(self.device)[:, None]  # [B or 1, 1]
         return Chunk(
             positions=before + torch.arange(width, device=self.device),
+            rows=torch.arange(len(past), device=self.device)[:, None],
             before=torch.from_numpy(past.astype(np.int32)).to(self.device),
             full_slots=self._slots(width, counts, None),
             ring_slots=self._slots(width, counts, text.window_keys),
@@ -159,11 +161,10 @@ class TorchCache:
     def store(self, layer: int, k: Tensor, v: Tensor, chunk: Chunk) -> None:
         """A chunk's k, v [B, K, T, d] to their slots."""
         slots = chunk.full_slots if self.config.text.full(layer) else chunk.ring_slots
-        rows = torch.arange(len(slots), device=self.device)[:, None]
         for buffer, new in zip(self.layers[layer], (k, v), strict=True):
-            buffer[rows, :, slots] = new.transpose(1, 2)
+            buffer[chunk.rows, :, slots] = new.transpose(1, 2)
 
-    def _reserve(self, extent: int) -> None:
+    def reserve(self, extent: int) -> None:
         """Room for ``extent`` positions."""
         canvas, text = self.config.canvas_length, self.config.text
         for i, (k, v) in enumerate(self.layers):
@@ -172,10 +173,6 @@ class TorchCache:
             slots = capacity(held, extent, limit, self.whole, self.device.type)
             if slots > held:
                 self.layers[i] = (padded(k, canvas + slots), padded(v, canvas + slots))
-
-    def copied(self) -> list[tuple[Tensor, Tensor]]:
-        """The buffers once more."""
-        return [(k.clone(), v.clone()) for k, v in self.layers]
 
     def twin(self) -> TorchCache:
         """Another cache with the same buffers."""

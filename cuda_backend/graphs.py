@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from .cache import TorchCache
-from .rooms import Room
+from .rooms import Room, Ticket
 from .step import State
 
-KEPT = 4  # graphs of one room: with and without a commit, for so many steps at most
+KEPT = 4  # pairs of graphs in a room: with and without a commit, with other numbers of steps or of banned classes
 WARM_UP = 2  # runs before a capture, in which libraries and kernels are loaded
 
 Replay = Callable[[], None]
@@ -43,14 +43,21 @@ class Captured:
 
 @dataclass(frozen=True)
 class GraphState:
-    """Where a block is that runs by graphs; it stands for the fixed tensors, so only the newest one holds."""
+    """Where a block is that runs by graphs. It stands for fixed tensors: only the newest one of a block holds."""
 
+    room: Room
+    ticket: Ticket
     captured: Captured
-    begun: bool
+    steps: int
     owing: TorchCache | None  # see ``State.owing``
 
     def view(self) -> Tensor:
-        return self.captured.view if self.begun else self.captured.first.view()
+        self.check()
+        return self.captured.view if self.steps else self.captured.first.view()
+
+    def check(self) -> None:
+        assert self.room.holds(self.ticket), "this block is over: another one has begun on its cache"
+        assert self.ticket.steps == self.steps, "this state is past: a step has been taken from it"
 
 
 class Graphs:
@@ -72,11 +79,13 @@ class Graphs:
             room.graphs.popitem(last=False)
         captured = room.graphs[key]
         copy(state, captured.first)
-        return GraphState(captured, False, state.owing)
+        return GraphState(room, room.enter(), captured, 0, state.owing)
 
     def step(self, state: GraphState) -> GraphState:
-        (state.captured.go_on if state.begun else state.captured.begin)()
-        return GraphState(state.captured, True, None)
+        state.check()
+        (state.captured.go_on if state.steps else state.captured.begin)()
+        state.ticket.steps += 1
+        return dataclasses.replace(state, steps=state.steps + 1, owing=None)
 
     def _captured(self, state: State) -> Captured:
         first = fixed(state)

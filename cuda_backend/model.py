@@ -97,6 +97,7 @@ class TorchModel:
             cache = TorchCache(self.config, len(ids), self.device, self.dtype, whole=self.whole)
         assert ids.shape[:1] == counts.shape == cache.lengths.shape, "one row of tokens per row of the cache"
         assert not cache.owed, OWED
+        cache.reserve(int((cache.lengths + counts).max()))
         streams = []
         for start in range(0, int(counts.max(initial=0)), self.chunk):
             width = min(self.chunk, int(counts.max()) - start)
@@ -138,6 +139,8 @@ class TorchModel:
         """
         assert len(specs) == len(cache.lengths), "one spec per row"
         assert not cache.owed, OWED
+        for spec in specs:
+            spec.masks.checked(self.config.canvas_length, self.config.text.vocab_size)
         pending = None
         if commit is not None and all(spec.decided(self.config.canvas_length) for spec in specs):
             self.encode(commit[0], cache, lengths=commit[1])
@@ -164,6 +167,7 @@ class TorchModel:
     @torch.inference_mode()
     def step(self, state: State | GraphState) -> State | GraphState:
         """One denoising step, enqueued on the device and not waited for."""
+        assert state.owing is None or state.owing.owed, "this step has been taken, and has read what was committed"
         after: State | GraphState
         if isinstance(state, GraphState):
             assert self.graphs, "a state of another model"
@@ -195,6 +199,7 @@ class TorchModel:
         Raises:
             OptionError: something wanted that is not known.
         """
+        assert not cache.owed, OWED
         unknown = sorted(set(want) - set(INSPECTED))
         if unknown:
             raise OptionError(f"want={unknown[0]!r} is unknown; choose of {', '.join(INSPECTED)}")

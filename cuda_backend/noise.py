@@ -58,12 +58,12 @@ def batch_noise(
     block, attempt = column([spec.block for spec in specs]), column([spec.attempt << 2 for spec in specs])
     position = torch.arange(length, device=device)
 
-    def words(count: int, purpose: int) -> Tensor:
-        step = torch.arange(count, device=device)[:, None, None]
-        return philox((position, step, block, attempt | purpose), key)[0]
-
+    # One call for all three: the start, then the draws of all steps, then what rejected positions become.
+    step = torch.cat([torch.arange(n, device=device) for n in (1, steps, steps)])[:, None, None]
+    purpose = torch.tensor([INIT] + [DRAW] * steps + [RENOISE] * steps, device=device)[:, None, None]
+    words = philox((position, step, block, attempt | purpose), key)[0]
     return BatchNoise(
-        start=token(words(1, INIT)[0], vocab_size),
-        draw=uniform(words(steps, DRAW)),
-        renoise=token(words(steps, RENOISE), vocab_size),
+        start=token(words[0], vocab_size),
+        draw=uniform(words[1 : 1 + steps]),
+        renoise=token(words[1 + steps :], vocab_size),
     )

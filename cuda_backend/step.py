@@ -94,11 +94,11 @@ class State:
 def begin(
     config: ModelConfig, network: Network, prefix: Prefix, specs: Sequence[CanvasSpec], commit: Commit | None
 ) -> State:
-    """The state before the first step. Noise, temperatures and masks of all steps are made here."""
+    """The state before the first step, of checked masks. Noise, temperatures and masks of all steps are made here."""
     device = network.weights.embed_tokens.device
     length, vocab = config.canvas_length, config.text.vocab_size
     settings = [spec.settings for spec in specs]
-    masks = [spec.masks.checked(length, vocab) for spec in specs]
+    masks = [spec.masks for spec in specs]
     steps = max(s.max_denoising_steps for s in settings)
     noise = batch_noise(specs, steps=steps, length=length, vocab_size=vocab, device=device)
     clamp = stacked([m.clamp for m in masks], length, device)

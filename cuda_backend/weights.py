@@ -156,7 +156,14 @@ class Reader:
             return Dense(host_copy([piece.decode() for piece in pieces]).to(self.device, dtype))
         parts = {name: host_copy([piece.parts[name] for piece in pieces]).to(self.device) for name in first.parts}
         shape = (sum(piece.shape[0] for piece in pieces), *first.shape[1:])
-        return Quantized(first.encoding, shape, parts, self.fp8 and fp8_product(first.encoding, shape))
+        weight = Quantized(first.encoding, shape, parts)
+        return for_fp8(weight) if self.fp8 and fp8_product(first.encoding, shape) else weight
+
+
+def for_fp8(weight: Quantized) -> Quantized:
+    """The same weight, multiplied with activations in FP8; the product takes its scales in float32."""
+    parts = {**weight.parts, "scales": weight.parts["scales"].float()}
+    return replace(weight, parts=parts, fp8_activations=True)
 
 
 def in_full(weight: Weight) -> Weight:
@@ -202,13 +209,13 @@ def read_weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
         norm=read.norm(f"{DECODER}.norm"),
         pre_norm=read.norm(f"{conditioning}.pre_norm"),
         self_conditioning=read.gated_mlp(conditioning),
-        layers=tuple(_layer(read, i, text.full(i)) for i in range(text.num_hidden_layers)),
+        layers=tuple(layer_of(read, i, text.full(i)) for i in range(text.num_hidden_layers)),
         nbytes=read.nbytes,
         remarks=remarks(checkpoint, str(dtype).removeprefix("torch.")),
     )
 
 
-def _layer(read: Reader, layer: int, full: bool) -> Layer:
+def layer_of(read: Reader, layer: int, full: bool) -> Layer:
     at = layer_name(layer)
     projections = ("q_proj", "k_proj") if full else ("q_proj", "k_proj", "v_proj")
     return Layer(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 
 class Proofs:
-    """Kernels that were shown to be right, by the file that tests them: one failure there, and none of it counts."""
+    """Kernels that were shown to be right, by the file that tests them: it counts only where all of it has passed."""
 
     def __init__(self):
         self._shown: dict[Path, set[tuple[str, str]]] = {}
-        self._failed: set[Path] = set()
+        self._passed: Counter[Path] = Counter()
 
     def of(self, test, place: str, record: Callable[..., None]) -> Callable[[str, torch.dtype], None]:
         def write(kernel: str, dtype: torch.dtype) -> None:
@@ -25,11 +26,13 @@ class Proofs:
 
         return write
 
-    def failed(self, path: Path) -> None:
-        self._failed.add(path)
+    def passed(self, path: Path) -> None:
+        self._passed[path] += 1
 
-    def proven(self) -> list[tuple[str, str]]:
-        return sorted(set().union(*(shown for path, shown in self._shown.items() if path not in self._failed)))
+    def proven(self, asked: Iterable[Path]) -> list[tuple[str, str]]:
+        """``asked``: the file of every test that was to run. One that failed, or never ran, takes its file's proof."""
+        whole = {path for path, count in Counter(asked).items() if self._passed[path] == count}
+        return sorted(set().union(*(shown for path, shown in self._shown.items() if path in whole)))
 
 
 PROOFS = Proofs()

@@ -33,7 +33,8 @@ TILES_32_BITS = {256: tile(64, 32, 4, 1), 512: tile(16, 16, 4, 1)}  # no tensor 
 # Costs beside a step over one tile of keys, in such steps: starting a program, starting the second kernel, and writing
 # and reading one program's part of the result in float32. Estimated for Hopper (a step about 1 us), never measured.
 START, SECOND, PART = 3.0, 2.0, 5.0
-MOST_SPLITS, MOST_WAVES = 16, 4  # bounds on the memory for parts
+SPLITS = (2, 4, 8, 16)  # few, for each is a kernel to compile
+MOST_WAVES = 4  # a bound on the memory for parts
 
 
 def tile_for(card: Card, dim: int, element_size: int) -> Config:
@@ -49,5 +50,5 @@ def splits_for(programs: int, steps: int, processors: int) -> int:
         extra = (SECOND + PART * programs * splits / processors) if splits > 1 else 0.0
         return waves * (-(-steps // splits) + START) + extra
 
-    fits = [n for n in range(2, MOST_SPLITS + 1) if programs * n <= MOST_WAVES * processors and 2 * n <= steps]
+    fits = [n for n in SPLITS if programs * n <= MOST_WAVES * processors and 2 * n <= steps]
     return min([1, *fits], key=cost)

@@ -184,24 +184,24 @@ def share(true: Tensor) -> float:
 
 
 def check_graph(model: TorchModel, capture: Capture) -> None:
-    """Two steps by graphs that were captured for another block: bit for bit what two steps are without.
+    """Blocks by graphs that were captured for others, with a commit and without: bit for bit what they are without.
 
     Raises:
         BackendError: they differ.
     """
     same = model.config, model.network.weights, model.device, model.dtype, model.network.ops
-    other, spec = CanvasSpec(TWO_STEPS.replace(temperature=0.5), seed=2), CanvasSpec(TWO_STEPS, seed=1)
-    graphed = two_steps(TorchModel(*same, capture), [other, spec])
-    plain = two_steps(TorchModel(*same, whole=True), [spec])
+    graphed, plain = (two_steps(one) for one in (TorchModel(*same, capture), TorchModel(*same, whole=True)))
     if not all(np.array_equal(*pair) for pair in zip(graphed, plain, strict=True)):
         raise BackendError("a step as a CUDA graph differs from the step: load with kernels='ops', and report it")
 
 
-def two_steps(model: TorchModel, specs: list[CanvasSpec]) -> list[np.ndarray]:
-    """All that is shown of the last of some blocks, which begin behind one prompt."""
+def two_steps(model: TorchModel) -> list[np.ndarray]:
+    """All that is shown of four blocks behind one prompt, of which the last two commit canvases."""
     cache, shown = model.encode(tokens_of(model.config)), list[np.ndarray]()
-    for spec in specs:
-        state, shown = model.begin(cache, [spec]), []
+    canvas = tokens_of(model.config), np.array([model.config.canvas_length])
+    for seed, commit in ((1, None), (2, None), (3, canvas), (4, canvas)):
+        settings = TWO_STEPS.replace(temperature=0.25 * seed)
+        state = model.begin(cache, [CanvasSpec(settings, seed=seed)], commit=commit)
         for _ in range(TWO_STEPS.max_denoising_steps):
             state = model.step(state)
             shown += vars(model.read(state)).values()

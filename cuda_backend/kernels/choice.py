@@ -205,6 +205,8 @@ def choose_kernels(
                 reasons[kernel] = _unique(obstacles)
             elif reasons.get(kernel) == "" and any(obstacles):
                 exceptions[kernel] = _unique(obstacles)
+    if reasons["graph"] == "" and (reasons["experts"] or "experts" in exceptions):
+        reasons["graph"] = "needs the kernel of the experts: torch's grouped product may wait for the host"
     return Choice(requested, gpu, reasons, exceptions)
 
 

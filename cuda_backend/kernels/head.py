@@ -242,7 +242,7 @@ def _weigh(
     tl.store(out + blocks, mass)
     tl.store(out + 2 * blocks, tl.sum(tl.sum(weight * shifted, 1), 0))
     tl.store(out + 3 * blocks, mass_rounded)
-    found = tl.min(tl.min(tl.where(y == peak, at, width), 1), 0)
+    found = tl.min(tl.min(tl.where(y == peak, at, width - 1), 1), 0)  # an id, also where y is not a number
     tl.store(best + row * blocks + start // BLOCK + block, start + found)
     span = start // SPAN + block * parts + tl.arange(0, parts)
     tl.store(sums + row * spans + span, by_span, mask=span < spans)
@@ -282,7 +282,7 @@ def _conclude(
     apart = tl.maximum(peak - top, REMOTE)
     scale = exp(apart)
     whole = tl.sum(mass * scale, 0)
-    first = tl.min(tl.where(inside & (peak == top), at, BLOCKS - 1), 0)
+    first = tl.min(tl.where(inside & (peak == top), at, blocks - 1), 0)
     tl.store(argmax + row, tl.load(best + row * blocks + first).to(tl.int64))
     tl.store(entropy + row, tl.log(whole) - tl.div_rn(tl.sum((moment + mass * apart) * scale, 0), whole))
     tl.store(confidence + row, tl.div_rn(tl.full((), 1.0, tl.float32), whole))

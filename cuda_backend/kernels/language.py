@@ -15,11 +15,17 @@ INTERPRETED = tl.constexpr(jit.INTERPRETED)
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b in float32; of float32 in full precision, of FP8 without the tensor core's short accumulator."""
+    """acc + a @ b in float32; of float32 in full precision.
+
+    Hopper's tensor cores sum FP8 in about 14 bits, so there each product is added in float32. (Asking the compiler for
+    that, by ``max_num_imprecise_acc``, makes it wait for every instruction.)
+    """
     if INTERPRETED:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    elif a.dtype == tl.float8e4nv:
+        return acc + tl.dot(a, b)
     else:
-        return tl.dot(a, b, acc, input_precision="ieee", max_num_imprecise_acc=64)
+        return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

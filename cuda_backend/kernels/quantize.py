@@ -40,7 +40,8 @@ Rows = Tensor | Fp8Rows  # what a product reads: [N, D]
 def quantize_ops(x: Tensor) -> Fp8Rows:
     """x [N, D] in any float dtype."""
     wide = x.float()
-    scales = wide.abs().amax(-1, keepdim=True).clamp_min(LEAST) / LARGEST
+    greatest = wide.abs().amax(-1, keepdim=True).clamp_min(LEAST)
+    scales = greatest / greatest.new_full((), LARGEST)  # by a number, CUDA would multiply with its reciprocal
     return Fp8Rows((wide / scales).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales)
 
 

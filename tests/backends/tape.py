@@ -7,6 +7,9 @@ back to the host, impossible within a graph, is an error here too.
 
 from __future__ import annotations
 
+import contextlib
+from unittest import mock
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -27,8 +30,13 @@ class Recorder(TorchDispatchMode):
 
 
 def record(run):
-    """Run ``run`` once; what comes back does it again. It keeps every tensor alive, so that no two have one id."""
-    with Recorder() as recorder:
+    """Run ``run`` once; what comes back does it again. It keeps every tensor alive, so that no two have one id.
+
+    A tensor made of the host's numbers would be frozen, and on a GPU copied while capturing: none may be.
+    """
+    with Recorder() as recorder, contextlib.ExitStack() as stack:
+        for name in ("tensor", "as_tensor", "from_numpy"):
+            stack.enter_context(mock.patch.object(torch, name, side_effect=AssertionError(f"torch.{name} in a graph")))
         run()
 
     def replay() -> None:

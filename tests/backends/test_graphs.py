@@ -117,8 +117,8 @@ def test_the_next_request_finds_the_graphs_of_the_last(place):
     rng = np.random.default_rng(6)
     prompts, canvas = rng.integers(0, V, (2, 2, 30)), rng.integers(0, V, (2, C))
     first, second = (graphed.encode(tokens) for tokens in prompts)
-    begun = [graphed.begin(cache, specs(2)) for cache in (first, second, first)]
-    assert len({id(state.captured) for state in begun}) == 1
+    captured = {id(graphed.begin(cache, specs(2)).captured) for cache in (first, second, first)}
+    assert len(captured) == 1
     assert first.layers[0][0] is not second.layers[0][0]
     for cache, tokens in zip((first, second), prompts, strict=True):
         found, expected = (
@@ -142,6 +142,48 @@ def test_a_cache_that_grows_leaves_its_room(place):
     for mine, theirs in kept:
         found, expected = (one.inspect(cache, canvas)["logits"] for one, cache in ((graphed, mine), (plain, theirs)))
         np.testing.assert_array_equal(found, expected)
+
+
+def test_two_blocks_in_progress_have_rooms_of_their_own(place):
+    plain, graphed = models(place)
+    prompts = np.random.default_rng(8).integers(0, V, (2, 2, 20))
+    views = []
+    for one in (plain, graphed):
+        caches = [one.encode(tokens) for tokens in prompts]
+        states = [one.begin(cache, specs(3 + at)) for at, cache in enumerate(caches)]
+        for _ in range(2):  # by turns
+            states = [one.step(state) for state in states]
+            views.append([one.read(state) for state in states])
+    for mine, theirs in zip(views[2:], views[:2], strict=True):
+        assert_equal(mine, theirs)
+
+
+def test_what_is_over_cannot_go_on(place):
+    _, graphed = models(place)
+    cache = graphed.encode(np.ones((2, 10), np.int64))
+    first = graphed.begin(cache, specs(1))
+    second = graphed.step(first)
+    for misuse in (lambda: graphed.step(first), lambda: graphed.read(first)):
+        with pytest.raises(AssertionError, match="a step has been taken"):
+            misuse()
+    graphed.begin(cache, specs(2))
+    with pytest.raises(AssertionError, match="another one has begun"):
+        graphed.step(second)
+
+
+def test_a_cache_that_grew_by_reading_takes_its_rings_along(place):
+    plain, graphed = models(place)
+    rng = np.random.default_rng(9)
+    prompts, more, canvas = rng.integers(0, V, (2, 2, 40)), rng.integers(0, V, (2, 60)), rng.integers(0, V, (2, C))
+    caches = [one.encode(prompts[0]) for one in (graphed, plain)]
+    graphed.step(graphed.begin(caches[0], specs(1)))
+    for one, cache in zip((graphed, plain), caches, strict=True):
+        one.encode(more, cache)
+    graphed.step(graphed.begin(graphed.encode(prompts[1]), specs(1)))
+    found, expected = (
+        one.inspect(cache, canvas)["logits"] for one, cache in zip((graphed, plain), caches, strict=True)
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_graphs_keep_no_cache_alive(place):
@@ -205,6 +247,9 @@ def test_a_frozen_number_would_be_found():
     x.fill_(6)
     replay()
     assert y.tolist() == [6.0, 6.0, 6.0]
+    for made in (lambda: torch.tensor([2.0]), lambda: torch.from_numpy(np.ones(3)), lambda: torch.nonzero(x)):
+        with pytest.raises(AssertionError, match="graph"):
+            tape(lambda made=made: y.copy_(made()))
 
 
 def test_no_step_waits_for_the_device():

@@ -7,6 +7,7 @@ import pytest
 
 from mlx_diffgemma.backend import CanvasSpec, Masks
 from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.errors import OptionError
 from tests.conftest import load_model
 from tests.tiny import TEXT, checkpoint
 
@@ -81,11 +82,45 @@ def test_what_a_cache_is_owed_comes_first():
         lambda: one.encode(tokens, cache),
         lambda: cache.select([0]),
         lambda: one.begin(cache, [CanvasSpec(SETTINGS, 1)]),
+        lambda: one.inspect(cache, tokens),
     ):
         with pytest.raises(AssertionError, match="first step"):
             misuse()
     one.step(state)
+    with pytest.raises(AssertionError, match="this step has been taken"):
+        one.step(state)
     assert cache.select([0]).lengths.tolist() == [9 + C]
+
+
+def test_a_refused_block_leaves_the_cache_as_it_was():
+    one = model()
+    cache, tokens = start(one, 5, (9,))
+    wrong = CanvasSpec(SETTINGS, 1, masks=Masks(banned=(V,), banned_until=2))
+    with pytest.raises(OptionError, match="banned"):
+        one.begin(cache, [wrong], commit=(tokens, np.array([C])))
+    assert cache.lengths.tolist() == [9] and not cache.owed
+
+
+def test_no_two_tokens_go_to_one_slot():
+    """Of those that are kept: the order in which a GPU writes is not defined."""
+    one = model()
+    for lengths in LENGTHS.values():
+        cache, _ = start(one, 6, lengths)
+        chunk = cache.chunk(3 * W, np.full(len(lengths), 3 * W - 1))
+        for slots in (chunk.full_slots, chunk.ring_slots):
+            for row in slots.tolist():
+                kept = [slot for slot in row if slot]
+                assert len(kept) == len({*kept}) >= W - 1 and min(kept) >= C
+
+
+@pytest.mark.parametrize("full", [64, 70])
+def test_a_full_buffer_grows_whole(full):
+    one = model()
+    rng = np.random.default_rng(full)
+    tokens, canvas = rng.integers(0, V, (1, full + 20)), rng.integers(0, V, (1, C))
+    grown = one.encode(tokens[:, full:], one.encode(tokens[:, :full]))
+    found, expected = (one.inspect(cache, canvas)["logits"] for cache in (grown, one.encode(tokens)))
+    np.testing.assert_allclose(found, expected, atol=EQUAL, rtol=0)
 
 
 def test_a_block_without_a_step_reads_its_commit_at_once():

@@ -8,6 +8,13 @@ import random
 import torch
 import triton.runtime.interpreter as interpreter
 
+from cuda_backend.kernels.cards import CARDS, card_for
+
+GPU = torch.cuda.is_available()
+CARD = (
+    card_for(int("".join(map(str, torch.cuda.get_device_capability())))) if GPU else CARDS[90]
+)  # that kernels are for
+SHORT = GPU and CARD.sm in (89, 90)  # tensor cores that sum FP8 in about 14 bits, between two additions in float32
 ORDERS = ("forward", "reversed", "shuffled")
 
 
@@ -38,7 +45,7 @@ def program_order(order: str):
 
 def in_every_order(run):
     """``run()`` once per order; a tensor or a tuple of them, which must be bit-equal. The result is returned."""
-    if torch.cuda.is_available():  # there the hardware chooses: twice is all one can do
+    if GPU:  # there the hardware chooses: twice is all one can do
         results = [run(), run()]
     else:
         results = []

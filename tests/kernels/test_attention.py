@@ -17,9 +17,9 @@ from cuda_backend.kernels.attention import (
 from cuda_backend.kernels.attention_plan import splits_for, tile_for
 from cuda_backend.kernels.cards import CARDS
 from cuda_backend.kernels.launch import Config, recording
-from tests.kernels.harness import in_every_order, relative_error
+from tests.kernels.harness import CARD, in_every_order, relative_error
 
-CARD = CARDS[90]
+CARD = CARD
 DTYPES = (torch.float32, torch.bfloat16)
 POISON = 1e4
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 8e-3}  # of the largest value: two roundings of it to bfloat16

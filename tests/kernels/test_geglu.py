@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cuda_backend.kernels.cards import CARDS
 from cuda_backend.kernels.geglu import geglu_kernel, geglu_ops
 from cuda_backend.kernels.quantize import quantize_kernel, quantize_ops
-from tests.kernels.harness import in_every_order
+from tests.kernels.harness import CARD, in_every_order
 from tests.kernels.roundings import assert_alike
 
-CARD = CARDS[90]
+CARD = CARD
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = ((1, 1), (3, 37), (4, 64), (5, 300), (2, 2112))
 

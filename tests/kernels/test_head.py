@@ -14,15 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cuda_backend.kernels import head, vocabulary
-from cuda_backend.kernels.cards import CARDS
 from cuda_backend.kernels.head import NEVER, Bias, Cut, Seen, bias_of_bans, look_kernel, look_ops, soft_kernel, soft_ops
 from cuda_backend.kernels.launch import recording
 from cuda_backend.kernels.quantize import Fp8Rows
 from mlx_diffgemma.sampling import rules
-from tests.kernels.harness import in_every_order, relative_error
+from tests.kernels.harness import CARD, in_every_order, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16)
-CARD = CARDS[90]
+CARD = CARD
 ALMOST = 1 - 2**-24
 LIMIT = 64 * 10**6
 SIZES = [  # rows, width, vocabulary, cut: chunks that do not divide, one chunk, less than a span, whole chunks

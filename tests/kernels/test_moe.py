@@ -15,7 +15,7 @@ from cuda_backend.kernels.router import Routes, route_ops
 from cuda_backend.kernels.unpack import operand
 from cuda_backend.linear import Weight
 from mlx_diffgemma.formats.encoding import Encoding, grouped
-from tests.kernels.harness import in_every_order, relative_error
+from tests.kernels.harness import CARD, SHORT, in_every_order, relative_error
 from tests.kernels.stored import ENCODINGS, FP8, GLOBAL, random
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -64,13 +64,16 @@ def check(found: Tensor, x: Rows, routes: Routes, gate_up: Weight, down: Weight)
     plain = experts_ops(x, routes, gate_up, down, dtype)
     truth = truth_of(x, routes, gate_up, down)
     assert found.shape == plain.shape == truth.shape and plain.dtype == dtype
+    if isinstance(x, Fp8Rows) and SHORT:
+        assert relative_error(found, truth) < 2**-6
+        return
     if dtype == torch.float32:
         assert relative_error(found, truth) < 1e-5
         assert relative_error(found, plain) < 1e-5
     else:
         assert relative_error(found, truth) <= max(2**-7, 1.5 * relative_error(plain, truth))
         assert relative_error(found, plain) < 2**-6
-        if isinstance(x, Fp8Rows) or operand(gate_up, x, CARDS[90]).row_scale is None:  # the same numbers multiplied
+        if isinstance(x, Fp8Rows) or operand(gate_up, x, CARD).row_scale is None:  # the same numbers multiplied
             assert (found != plain).double().mean() < 0.01
 
 
@@ -80,7 +83,7 @@ def test_experts(encoding, dtype, place, proof):
     inner = 96 if encoding is None or encoding.group_size <= 32 else 64
     x, routes = tokens_in(37, 192, dtype, place), routes_of(37, place, favoured=3)
     weights = banks(inner, 192, encoding, dtype, place)
-    found = experts_kernel(x, routes, *weights, dtype, CARDS[90])
+    found = experts_kernel(x, routes, *weights, dtype, CARD)
     check(found, x, routes, *weights)
     proof("experts", dtype)
 
@@ -89,7 +92,7 @@ def test_experts(encoding, dtype, place, proof):
 def test_experts_of_fp8_rows(dtype, place, proof):
     x, routes = quantize_ops(tokens_in(37, 192, dtype, place)), routes_of(37, place)
     weights = banks(80, 192, FP8, dtype, place)
-    check(in_every_order(lambda: experts_kernel(x, routes, *weights, dtype, CARDS[90])), x, routes, *weights)
+    check(in_every_order(lambda: experts_kernel(x, routes, *weights, dtype, CARD)), x, routes, *weights)
     proof("experts", dtype)
 
 
@@ -104,7 +107,7 @@ def test_experts_on_a_card_without_fp8(encoding, place):
 def test_experts_in_any_order_of_programs(encoding, place):
     x, routes = tokens_in(11, 128, torch.bfloat16, place), routes_of(11, place)
     weights = banks(160, 128, encoding, torch.bfloat16, place)
-    check(in_every_order(lambda: experts_kernel(x, routes, *weights, x.dtype, CARDS[90])), x, routes, *weights)
+    check(in_every_order(lambda: experts_kernel(x, routes, *weights, x.dtype, CARD)), x, routes, *weights)
 
 
 @pytest.mark.parametrize("tokens", [1, 33, 60, 160])
@@ -114,7 +117,7 @@ def test_every_tile_of_tokens(tokens, place, monkeypatch):
     x, routes = tokens_in(tokens, 40, torch.float32, place), routes_of(tokens, place, favoured=0)
     weights = banks(24, 40, None, torch.float32, place)
     assert tokens_of(2 * tokens / EXPERTS) == {1: 16, 33: 32, 60: 64, 160: 128}[tokens]
-    check(in_every_order(lambda: experts_kernel(x, routes, *weights, x.dtype, CARDS[90])), x, routes, *weights)
+    check(in_every_order(lambda: experts_kernel(x, routes, *weights, x.dtype, CARD)), x, routes, *weights)
 
 
 def test_tiles_have_room_for_experts_that_get_more_than_their_share():
@@ -128,7 +131,7 @@ def test_fp8_between_the_products_is_per_pair(dtype, place):
     wide = tokens_in(6, 64, dtype, place) * torch.logspace(-4, 4, 6, device=place)[:, None].to(dtype)
     x, routes = quantize_ops(wide), routes_of(6, place)
     weights = banks(32, 64, FP8, dtype, place)
-    found, truth = experts_kernel(x, routes, *weights, dtype, CARDS[90]), truth_of(x, routes, *weights)
+    found, truth = experts_kernel(x, routes, *weights, dtype, CARD), truth_of(x, routes, *weights)
     for pair in range(12):
         assert relative_error(found[pair], truth[pair]) < (1e-5 if dtype == torch.float32 else 2**-4), pair
 
@@ -136,4 +139,4 @@ def test_fp8_between_the_products_is_per_pair(dtype, place):
 def test_fp8_activations_need_fp8_weights(place):
     x, routes = quantize_ops(tokens_in(3, 64, torch.bfloat16, place)), routes_of(3, place)
     with pytest.raises(AssertionError):
-        experts_kernel(x, routes, *banks(32, 64, grouped("nvfp4"), torch.bfloat16, place), torch.bfloat16, CARDS[90])
+        experts_kernel(x, routes, *banks(32, 64, grouped("nvfp4"), torch.bfloat16, place), torch.bfloat16, CARD)

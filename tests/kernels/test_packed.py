@@ -14,7 +14,7 @@ from cuda_backend.kernels.packed import packed_linear_kernel, packed_linear_ops,
 from cuda_backend.kernels.unpack import operand, unsupported
 from cuda_backend.linear import Dense, Quantized, Stack
 from mlx_diffgemma.formats.encoding import Encoding, grouped
-from tests.kernels.harness import in_every_order, relative_error
+from tests.kernels.harness import CARD, in_every_order, relative_error
 from tests.kernels.stored import ENCODINGS, FP8, GLOBAL, random
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -45,7 +45,7 @@ def check(found: torch.Tensor, x: torch.Tensor, matrix: Quantized) -> None:
     else:
         assert relative_error(found, truth) <= max(2**-8, 1.5 * relative_error(plain, truth))
         assert relative_error(found, plain) < 2**-7
-        if operand(matrix, x, CARDS[90]).row_scale is None:  # the same numbers multiplied
+        if operand(matrix, x, CARD).row_scale is None:  # the same numbers multiplied
             assert (found != plain).sum() <= 1 + found.numel() // 100
 
 
@@ -53,7 +53,7 @@ def check(found: torch.Tensor, x: torch.Tensor, matrix: Quantized) -> None:
 @every_encoding
 def test_product(encoding, dtype, place, proof):
     matrix, x = weight((133, 192), encoding, place), rows(37, 192, dtype, place)
-    check(in_every_order(lambda: packed_linear_kernel(x, matrix, CARDS[90])), x, matrix)
+    check(in_every_order(lambda: packed_linear_kernel(x, matrix, CARD)), x, matrix)
     proof("packed_linear", dtype)
 
 
@@ -68,14 +68,14 @@ def test_product_on_a_card_without_fp8(encoding, place):
 def test_every_tile(encoding, size, place, monkeypatch):
     monkeypatch.setattr(packed, "tile", lambda *_: size)
     matrix, x = weight((150, 96), encoding, place), rows(size[1] + 3, 96, torch.bfloat16, place)
-    check(in_every_order(lambda: packed_linear_kernel(x, matrix, CARDS[90])), x, matrix)
+    check(in_every_order(lambda: packed_linear_kernel(x, matrix, CARD)), x, matrix)
 
 
 @pytest.mark.parametrize(("count", "out", "width"), [(1, 1, 64), (16, 65, 128), (3, 7, 320)])
 def test_odd_sizes(count, out, width, place):
     for encoding in (ENCODINGS[1], ENCODINGS[6]):
         matrix, x = weight((out, width), encoding, place), rows(count, width, torch.bfloat16, place)
-        check(packed_linear_kernel(x, matrix, CARDS[90]), x, matrix)
+        check(packed_linear_kernel(x, matrix, CARD), x, matrix)
 
 
 def any_codes(matrix: Quantized) -> Quantized:
@@ -121,7 +121,7 @@ def test_every_value_is_the_plain_ones(encoding, sm, dtype, place):
 
 
 def test_tiles_keep_every_processor_busy_where_they_can():
-    card = CARDS[90]
+    card = CARD
     assert tile(4096, 8192, card) == (128, 128)
     assert tile(256, 8192, card) == (64, 128)
     assert tile(256, 2816, card) == (64, 64)
@@ -129,7 +129,7 @@ def test_tiles_keep_every_processor_busy_where_they_can():
 
 
 def test_what_is_not_supported_says_why():
-    card, parts = CARDS[90], {"weight": torch.empty(0), "scales": torch.empty(0)}
+    card, parts = CARD, {"weight": torch.empty(0), "scales": torch.empty(0)}
     dense = Dense(torch.empty(4, 4))
     assert unsupported(dense, card) == ""
     assert unsupported(Stack((dense, dense)), card)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cuda_backend.kernels.cards import CARDS
 from cuda_backend.kernels.router import Routes, route_kernel, route_ops
-from tests.kernels.harness import in_every_order, relative_error
+from tests.kernels.harness import CARD, in_every_order, relative_error
 
 CASES = [(1, 5, 2), (37, 128, 8), (9, 7, 7), (300, 12, 3), (3, 1, 1)]
 
@@ -33,7 +32,7 @@ def check_equal(found: Routes, plain: Routes) -> None:
 @pytest.mark.parametrize(("tokens", "experts", "top"), CASES)
 def test_routes_are_those_of_float64(tokens, experts, top, dtype, place, proof):
     given, factor = scores(tokens, experts, dtype, place), scale(experts, dtype, place)
-    found = in_every_order(lambda: route_kernel(given, factor, top, CARDS[90]))
+    found = in_every_order(lambda: route_kernel(given, factor, top, CARD))
     check_equal(found, route_ops(given, factor, top))
     odds = torch.softmax(given.double(), -1)
     chosen = found.chosen.long()
@@ -50,13 +49,13 @@ def test_equal_scores_go_to_the_lowest_expert(place):
     given[3, 1:] = -0.0
     factor = torch.ones(16, device=place)
     plain = route_ops(given, factor, 4)
-    check_equal(route_kernel(given, factor, 4, CARDS[90]), plain)
+    check_equal(route_kernel(given, factor, 4, CARD), plain)
     assert plain.chosen.tolist() == [[0, 1, 2, 3], [3, 7, 11, 15], *[[0, 1, 2, 3]] * 4]
 
 
 def test_scores_far_apart_do_not_overflow(place):
     given = torch.tensor([[-3e4, 3e4, 0.0, 2.9e4]], device=place)
-    found = route_kernel(given, torch.ones(4, device=place), 2, CARDS[90])
+    found = route_kernel(given, torch.ones(4, device=place), 2, CARD)
     assert found.chosen.tolist() == [[1, 3]]
     assert found.weight.tolist() == [[1.0, 0.0]]
 
@@ -64,11 +63,11 @@ def test_scores_far_apart_do_not_overflow(place):
 def test_pairs_beyond_one_turn_of_the_sort_keep_their_order(place):
     given = scores(700, 4, torch.float32, place)  # 2,100 pairs
     factor = torch.ones(4, device=place)
-    check_equal(in_every_order(lambda: route_kernel(given, factor, 3, CARDS[90])), route_ops(given, factor, 3))
+    check_equal(in_every_order(lambda: route_kernel(given, factor, 3, CARD)), route_ops(given, factor, 3))
 
 
 def test_sorted_pairs_are_those_of_the_choices(place):
-    found = route_kernel(scores(50, 6, torch.float32, place), torch.ones(6, device=place), 2, CARDS[90])
+    found = route_kernel(scores(50, 6, torch.float32, place), torch.ones(6, device=place), 2, CARD)
     flat = found.chosen.flatten()
     assert torch.equal(flat[found.order.long()].long(), flat.long().sort().values)
     assert sorted(found.order.tolist()) == list(range(100))
@@ -89,6 +88,6 @@ def test_plain_routes_are_the_networks(dtype):
 
 def test_a_row_without_numbers_stays_inside_the_bank(place):
     given = torch.full((2, 5), float("nan"), device=place)
-    found = route_kernel(given, torch.ones(5, device=place), 3, CARDS[90])
+    found = route_kernel(given, torch.ones(5, device=place), 3, CARD)
     assert int(found.chosen.min()) >= 0 and int(found.chosen.max()) < 5
     assert sorted(found.order.tolist()) == list(range(6))
