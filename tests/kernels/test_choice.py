@@ -138,9 +138,12 @@ def test_encodings_without_a_kernel_are_named():
 
 
 def test_description_groups_by_reason():
-    some = choose_kernels(HOPPER, "auto", torch.bfloat16, weights_of("dense"), [row("norm"), row("graph")])
-    assert some.describe()["mode"] == "auto" and some.describe()["fused"] == ["norm", "graph"]
+    proven = [row("norm"), row("experts"), row("graph")]
+    some = choose_kernels(HOPPER, "auto", torch.bfloat16, weights_of("dense"), proven)
+    assert some.describe()["mode"] == "auto" and some.describe()["fused"] == ["norm", "experts", "graph"]
     assert {*some.describe()["ops"]} == {"available, unproven here"}
+    fewer = choose_kernels(HOPPER, "auto", torch.bfloat16, weights_of("dense"), [row("norm"), row("graph")])
+    assert fewer.fused == ["norm"] and fewer.reasons["graph"].startswith("needs the kernel of the experts")
     none = choose_kernels(None, "auto", torch.bfloat16, weights_of("dense"), [])
     assert none.describe()["fused"] == [] and {*none.describe()["ops"]} == {"no GPU"}
 

@@ -29,7 +29,7 @@ def cases() -> Iterator[tuple[str, int]]:
         yield from ((name, sm) for sm, card in CARDS.items() if card.fp8 or not fp8_only)
 
 
-@pytest.mark.parametrize(("name", "sm"), cases())
+@pytest.mark.parametrize(("name", "sm"), list(cases()))
 def test_kernels_compile_within_shared_memory(name, sm, record):
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
