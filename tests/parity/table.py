@@ -33,13 +33,30 @@ def table(found: list[dict], key: str, models: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+def kernels(found: list[dict]) -> str:
+    """What was shown of the Triton kernels without a GPU: in which dtypes interpreted, and compiled for which cards."""
+    dtypes, shared = defaultdict(set), defaultdict(dict)
+    for entry in found:
+        if entry.get("what") == "interpreted":
+            dtypes[entry["kernel"]].add(entry["dtype"])
+        elif entry.get("what") == "compiled":
+            shared[entry["file"]][entry["sm"]] = f"sm_{entry['sm']} {entry['shared'] / 1024:.0f} KiB"
+    lines = [f"  interpreted  {kernel:18}{', '.join(sorted(names))}" for kernel, names in sorted(dtypes.items())]
+    lines += [
+        f"  compiled     {file:18}{', '.join(cards[sm] for sm in sorted(cards))}" for file, cards in shared.items()
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     found = entries()
     for key, (title, models) in TABLES.items():
         print(title)
         print(table([entry for entry in found if key in entry and "difference" in entry], key, models))
+    print("Triton kernels, none of them on a GPU; the most shared memory of a file's kernels, per card")
+    print(kernels(found))
     for entry in found:
-        if "difference" not in entry:
+        if "difference" not in entry and entry.get("what") not in ("interpreted", "compiled"):
             name = entry.pop("test")
             print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in entry.items()))
 
