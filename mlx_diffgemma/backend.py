@@ -169,7 +169,8 @@ class Model(Protocol):
     def begin(self, cache: Any, specs: Sequence[CanvasSpec], *, commit: tuple[Array, Array] | None = None) -> Any:
         """Start a block, one spec per row; ``commit`` (tokens [B, C], lengths [B]) is read into the cache first.
 
-        The state looks into the cache: nothing else may be encoded there until the block is over.
+        A backend may read it in one forward with the block's first step; the result is the same. The state looks into
+        the cache: nothing else may be encoded there until the block is over. A state is stepped from once.
         """
         ...
 
