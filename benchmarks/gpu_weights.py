@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from convert.recipes import RECIPES, Recipe
-from cuda_backend.linear import Dense, Quantized, Weight
-from cuda_backend.weights import Reader, Weights, for_fp8, fp8_product, layer_of
+from cuda_backend.linear import Dense, Quantized, Weight, fp8_product
+from cuda_backend.weights import Reader, Weights, for_fp8, layer_of
 from mlx_diffgemma.backend import Remarks
 from mlx_diffgemma.config import ModelConfig
 from mlx_diffgemma.formats.checkpoint import EMBEDDING

@@ -27,9 +27,10 @@ from .kernels.choice import INTERPRETER, Choice, check, choose_kernels, gpu_of
 from .kernels.ops import plain
 from .kernels.paths import paths
 from .kernels.quantize import Fp8Rows, quantize_ops
+from .linear import fp8_product
 from .model import TorchModel
 from .remarks import remarks
-from .weights import Weights, fp8_product, read_weights
+from .weights import Weights, read_weights
 
 __all__ = ["load", "memory", "plan"]
 

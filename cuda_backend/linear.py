@@ -17,7 +17,7 @@ from torch import Tensor
 from mlx_diffgemma.formats.encoding import Encoding
 
 from .dequantize import dequantize
-from .kernels.fp8_gemm import fp8_linear_ops
+from .kernels.fp8_gemm import fits, fp8_linear_ops
 from .kernels.quantize import Fp8Rows, Rows
 
 PIECE = 2**25  # values unpacked at a time: in float32, 128 MiB
@@ -106,6 +106,11 @@ Weight = Dense | Quantized | Stack
 def takes_fp8(weight: Weight) -> bool:
     """Whether ``weight`` is multiplied with ``Fp8Rows``."""
     return isinstance(weight, Quantized) and weight.fp8_activations
+
+
+def fp8_product(encoding: Encoding, shape: tuple[int, ...]) -> bool:
+    """Whether a weight can be multiplied in FP8: one scale per row, and sizes that the hardware's product takes."""
+    return encoding.mode == "fp8" and not encoding.block and fits(*shape[-2:])
 
 
 def linear(x: Rows, weight: Weight, dtype: torch.dtype) -> Tensor:

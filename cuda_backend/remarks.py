@@ -12,6 +12,8 @@ from mlx_diffgemma.formats.encoding import Encoding
 from mlx_diffgemma.formats.stored import Stored
 from mlx_diffgemma.tensors import VISION
 
+from .linear import fp8_product
+
 FP8_ACTIVATIONS = "activations are rounded to FP8, token by token, where the weights are in FP8 (activations='fp8')"
 FP8_HEAD = "logits are made from an FP8 copy of the embedding and hidden states in FP8 (head='fp8')"
 UNPACKED = "packed weights are dequantized to {} for every product: slow, but small in memory"
@@ -32,6 +34,8 @@ def remarks(
     text = {name: checkpoint.tensors[name] for name, row in checkpoint.table.items() if row.role not in VISION}
     formats = Counter(_held(name, stored, dtype) for name, stored in text.items())
     matrices = [stored for stored in text.values() if len(stored.shape) > 1]
+    if activations:  # then those in FP8 are multiplied as they are
+        matrices = [stored for stored in matrices if not fp8_product(stored.encoding, stored.shape)]
     rounded = {stored.format: stored.quantized for stored in matrices if not _exact(stored.encoding, dtype)}
     coarse = ", ".join(sorted(name for name, quantized in rounded.items() if quantized))
     approximations = [f"dequantized weights ({coarse}) are rounded to {dtype}"] if coarse else []

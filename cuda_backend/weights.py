@@ -19,12 +19,11 @@ from torch import Tensor
 from mlx_diffgemma.backend import Remarks
 from mlx_diffgemma.formats import Checkpoint
 from mlx_diffgemma.formats.checkpoint import EMBEDDING
-from mlx_diffgemma.formats.encoding import Encoded, Encoding
+from mlx_diffgemma.formats.encoding import Encoded
 from mlx_diffgemma.formats.stored import Stored
 from mlx_diffgemma.tensors import DECODER, NORMS, encoder_scalar, layer_name
 
-from .kernels.fp8_gemm import fits
-from .linear import PIECE, Dense, Quantized, Stack, Weight, takes_fp8
+from .linear import PIECE, Dense, Quantized, Stack, Weight, fp8_product, takes_fp8
 from .remarks import remarks
 
 STORED = {
@@ -169,11 +168,6 @@ def for_fp8(weight: Quantized) -> Quantized:
 def in_full(weight: Weight) -> Weight:
     """The same weight, multiplied with activations in the model's dtype."""
     return replace(weight, fp8_activations=False) if isinstance(weight, Quantized) else weight
-
-
-def fp8_product(encoding: Encoding, shape: tuple[int, ...]) -> bool:
-    """Whether a weight can be multiplied in FP8: one scale per row, and sizes that the hardware's product takes."""
-    return encoding.mode == "fp8" and not encoding.block and fits(*shape[-2:])
 
 
 def _alike(pieces: Sequence[Stored]) -> bool:
