@@ -7,7 +7,7 @@ operation by operation; what CUDA itself takes is an estimate. Nothing here was 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,7 +23,7 @@ from .cache import capacity
 from .kernels import attention_plan, choice, head, logits
 from .kernels.cards import Card
 from .kernels.unpack import unsupported
-from .linear import PIECE, Quantized
+from .linear import PIECE, Quantized, fp8_product
 from .model import CHUNK
 from .rooms import ROOMS
 
@@ -90,7 +90,7 @@ def plan(
     whole = graphs or not choice.why_not("canvas_attention", options.kernels, gpu, dtype, rows)
     width, chunk = width_of(config, dtype), CHUNK[place.type]
     setting = Setting(config, width, batch, tokens, chunk, card, graphs, whole, place.type)
-    held = weight_bytes(checkpoint, setting.width) if checkpoint else {}
+    held = weight_bytes(checkpoint, setting.width, options.activations is not None) if checkpoint else {}
     table = config.text.vocab_size * config.text.hidden_size
     parts = {
         "weights": sum(held.values()) if checkpoint else guessed(config, stored, setting.width),
@@ -109,8 +109,11 @@ def plan(
 # ---- what is kept
 
 
-def weight_bytes(checkpoint: Checkpoint, width: int) -> dict[Encoding, int]:
-    """All text weights but the embedding, by how they are held: packed matrices as they are stored, norms float32."""
+def weight_bytes(checkpoint: Checkpoint, width: int, fp8: bool) -> dict[Encoding, int]:
+    """All text weights but the embedding, by how they are held: packed matrices as they are stored, norms float32.
+
+    ``fp8``: activations are in FP8, for which the weights' scales are float32.
+    """
     found: dict[Encoding, int] = {}
     for name, row in checkpoint.table.items():
         if row.role in VISION or name == EMBEDDING:
@@ -118,6 +121,8 @@ def weight_bytes(checkpoint: Checkpoint, width: int) -> dict[Encoding, int]:
         encoding = checkpoint.tensors[name].encoding
         if not encoding.quantized or len(row.shape) < 2:
             encoding = Encoding(dtype="float32" if row.role == "norm" or width == 4 else "bfloat16")
+        elif fp8 and fp8_product(encoding, row.shape):
+            encoding = replace(encoding, dtype="float32")
         found[encoding] = found.get(encoding, 0) + encoding.nbytes(row.shape)
     return found
 

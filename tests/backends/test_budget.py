@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import cuda_backend
 from cuda_backend import budget
 from cuda_backend.kernels import choice
 from cuda_backend.kernels.cards import CARDS
@@ -134,6 +135,14 @@ def test_weights_and_cache_are_exact(kind, dtype):
 
 
 WIDE = (("vocab_size", 2**17),)
+
+
+def test_weights_for_fp8_activations_are_exact():
+    """Their scales become float32."""
+    opened = open_checkpoint(foreign("ct-fp8"))
+    described = cuda_backend.load(opened, device="cpu", activations="fp8").describe()
+    parts = described["memory"]["parts"]
+    assert parts["weights"] + parts["embedding"] == described["weight_bytes"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,35 +145,6 @@ def test_description_groups_by_reason():
     assert fewer.fused == ["norm"] and fewer.reasons["graph"].startswith("needs the kernel of the experts")
     none = choose_kernels(None, "auto", torch.bfloat16, weights_of("dense"), [])
     assert none.describe()["fused"] == [] and {*none.describe()["ops"]} == {"no GPU"}
-
-
-# ---- proof
-
-
-def test_proof_is_written_and_replaced(tmp_path, monkeypatch):
-    path = tmp_path / "proven.json"
-    path.write_text("[]\n")
-    monkeypatch.setattr(choice.jit, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(choice, "gpu_of", lambda device, requested: HOPPER)
-    for kernel in ("norm", "look", "norm"):
-        choice.prove(kernel, "bfloat16", path)
-    found = choice.proven_rows(path)
-    assert [each["kernel"] for each in found] == ["look", "norm"] and found[0]["card"] == "H100"
-    assert choice.is_proven("norm", 90, "bfloat16", found) and not choice.is_proven("norm", 90, "float32", found)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["proven.json"] and len(path.read_text().splitlines()) == 4
-    with pytest.raises(AssertionError):
-        choice.prove("router", "bfloat16", path)
-    monkeypatch.setattr(choice.jit, "INTERPRETED", True)
-    with pytest.raises(AssertionError, match="interpreter"):
-        choice.prove("norm", "bfloat16", path)
-
-
-def test_every_kernel_has_a_test_that_can_prove_it():
-    proving = re.compile(r'(?:proof|record\))\("(\w+)"')
-    tests = [*Path(__file__).parent.glob("test_*.py"), ROOT / "tests/backends/test_graphs.py"]
-    named = {name for path in tests for name in proving.findall(path.read_text())}
-    assert named == {*KERNELS}
 
 
 # ---- paths
