@@ -7,7 +7,7 @@ PIP = .venv/bin/python -m pip install --disable-pip-version-check --quiet -c con
 MKL = $$(ls $(CURDIR)/.venv/lib/libmkl_rt.so.* 2>/dev/null | head -n 1)
 RUN = LD_PRELOAD="$(MKL)" .venv/bin/python
 
-.PHONY: setup demo test soak bench gpu lint clean
+.PHONY: setup demo test soak bench gpu mac mac-plain lint clean
 
 setup: .venv/.test
 
@@ -36,6 +36,18 @@ gpu:
 	sys.exit(not torch.cuda.is_available() and f"make gpu: no CUDA GPU is visible to torch in {sys.executable}")'
 	TRITON_INTERPRET=0 $(PYTHON) -m pytest -m gpu --continue-on-collection-errors tests/kernels tests/backends/test_graphs.py; status=$$?; \
 	$(PYTHON) -m benchmarks.gpu $(BENCH) && exit $$status
+
+# On a Mac with Apple silicon, in .venv or in the PYTHON that is given: the kernels' tests on its GPU, which write down what
+# is proven, then MODEL measured. The default is 16.5 GB to download; MODEL=demo for a quick try.
+MODEL ?= mlx-community/diffusiongemma-26B-A4B-it-4bit
+MAC = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard .venv/bin/python),$(PYTHON)),$(PYTHON))
+
+mac:
+	@$(MAC) -m benchmarks.mac --model $(MODEL)
+
+# The tests of plain MLX operations, on its GPU.
+mac-plain: .venv/.test
+	.venv/bin/python -m pytest tests/backends/test_mlx_*.py
 
 lint: .venv/.test
 	.venv/bin/ruff check .

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "generate": ("mlx_diffgemma.commands.generate", "answer a prompt, drafts drawn live"),
+    "bench": ("mlx_diffgemma.commands.bench", "count or measure what a step costs"),
     "convert": ("convert.command", "show what a checkpoint holds"),
 }
 

@@ -32,6 +32,8 @@ def load(
     kernels: str = "auto",
     activations: str | None = None,
     head: str | None = None,
+    self_conditioning: str = "dense",
+    tail: str | None = None,
 ) -> tuple[Model, Processor]:
     """Load a checkpoint. What is approximate in what was loaded, and what it takes, says ``model.describe()``.
 
@@ -40,7 +42,7 @@ def load(
         backend: ``auto``, ``mlx``, ``cuda``, ``cpu`` (torch) or ``reference`` (NumPy).
         dtype: ``bfloat16`` or ``float32``; the checkpoint's own by default.
         revision: branch, tag or commit of a hub repository.
-        kernels, activations, head: of torch; see ``LoadOptions``.
+        kernels, activations, head, self_conditioning, tail: see ``LoadOptions``, which also says on which backends.
 
     Returns:
         The model and its processor, as ``generate`` takes them.
@@ -49,7 +51,7 @@ def load(
         FileNotFoundError: nothing under that name. UserError: it cannot be read or cannot run here (see ``errors``).
     """
     choice = choose(backend)
-    options = LoadOptions(dtype, kernels, activations, head).checked(choice.name)
+    options = LoadOptions(dtype, kernels, activations, head, self_conditioning, tail).checked(choice.name)
 
     def fits(config: ModelConfig, stored: int) -> None:
         check_fit(choice, config, stored, options=options)

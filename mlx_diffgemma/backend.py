@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 Array = np.ndarray
 TEXT_ONLY = "text only: the vision tower is not loaded"  # a note for ``describe()``
 KERNELS = ("auto", "ops", "fused")
+# option of ``load`` -> its values, the default first, and the backends that know others
+OFFERED: dict[str, tuple[tuple[str | None, ...], tuple[str, ...]]] = {
+    "kernels": (KERNELS, ("mlx", "cuda", "cpu")),
+    "activations": ((None, "fp8"), ("cuda", "cpu")),
+    "head": ((None, "fp8"), ("cuda", "cpu")),
+    "self_conditioning": (("dense", "survivors"), ("mlx",)),
+    "tail": ((None, "hold"), ("mlx",)),
+}
 
 
 @dataclass(frozen=True)
@@ -229,14 +237,19 @@ class LoadOptions:
         dtype: ``bfloat16`` or ``float32``; the checkpoint's own by default.
         kernels: ``ops`` are the framework's plain operations, ``fused`` uses every kernel there is for the device,
             ``auto`` those that were proven on such a device.
-        activations: ``fp8`` rounds what is multiplied with FP8 weights to FP8 as well, token by token.
-        head: ``fp8`` makes the logits from an FP8 copy of the embedding.
+        activations: torch: ``fp8`` rounds what is multiplied with FP8 weights to FP8 as well, token by token.
+        head: torch: ``fp8`` makes the logits from an FP8 copy of the embedding.
+        self_conditioning: MLX: ``survivors`` makes the soft embedding from the tokens that matter, at least e^-10 as
+            likely as the likeliest, where they are few.
+        tail: MLX: ``hold`` computes no logits for what stands behind the end of the text and no longer changes.
     """
 
     dtype: str | None = None
     kernels: str = "auto"
     activations: str | None = None
     head: str | None = None
+    self_conditioning: str = "dense"
+    tail: str | None = None
 
     def checked(self, backend: str) -> LoadOptions:
         """Itself.
@@ -246,13 +259,13 @@ class LoadOptions:
         """
         if self.dtype not in (None, "bfloat16", "float32"):
             raise OptionError(f"dtype={self.dtype!r} must be bfloat16 or float32")
-        if self.kernels not in KERNELS:
-            raise OptionError(f"kernels={self.kernels!r} is unknown; choose {', '.join(KERNELS)}")
-        for name in ("activations", "head"):
-            if getattr(self, name) not in (None, "fp8"):
-                raise OptionError(f"{name}={getattr(self, name)!r} is unknown; choose fp8, or leave it out")
-        if backend not in ("cuda", "cpu"):
-            for name, value in self.chosen().items():
+        for name, (values, _) in OFFERED.items():
+            if getattr(self, name) not in values:
+                named = [value for value in values if value]
+                leave = "" if len(named) == len(values) else ", or leave it out"
+                raise OptionError(f"{name}={getattr(self, name)!r} is unknown; choose {', '.join(named)}{leave}")
+        for name, value in self.chosen().items():
+            if backend not in OFFERED[name][1]:
                 raise OptionError(f"{name}={value!r} is not available on backend {backend!r}: leave it out")
         return self
 

@@ -17,7 +17,7 @@ import pytest
 
 from mlx_diffgemma.backend import choose, implementation
 from mlx_diffgemma.formats import open_checkpoint
-from tests.proofs import PROOFS
+from tests.proofs import PROOFS, picked
 
 BACKENDS = ("reference", "mlx", "cpu")
 REPORT = Path(__file__).parents[1] / "build" / "parity"
@@ -38,13 +38,17 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_sessionfinish(session) -> None:
-    """On a GPU: the rows of ``proven.json``, unless tests were picked with -k."""
-    if session.config.option.keyword:
-        return
-    for kernel, dtype in PROOFS.proven(item.path for item in session.items):
-        from cuda_backend.kernels.choice import prove
+    """On a GPU: the rows of ``proven.json``, unless tests were picked."""
+    if not picked(session.config):
+        PROOFS.finish(item.path for item in session.items)
 
-        prove(kernel, dtype)
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    for title, rows in (("proven", PROOFS.written), ("metal-vm: shown, and no proof for any chip", PROOFS.virtual)):
+        if rows:
+            terminalreporter.section(title)
+            for row in rows:
+                terminalreporter.write_line(json.dumps(row))
 
 
 @functools.lru_cache(maxsize=12)

@@ -7,9 +7,6 @@ The rest runs on plain torch, and ``describe()`` says why.
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 
 from mlx_diffgemma.backend import LoadOptions
 from mlx_diffgemma.errors import BackendError, OptionError
+from mlx_diffgemma.proven import Row, covered, major_minor, read_rows, write_row
 
 from ..linear import Quantized, Stack, Weight, takes_fp8
 from ..weights import Weights
@@ -44,7 +42,6 @@ KERNELS = (
     "graph",  # a whole step, captured: see ``graphs.py``
 )
 PROVEN = Path(__file__).with_name("proven.json")
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -218,31 +215,28 @@ def _unique(obstacles: Iterable[str]) -> str:
 
 
 def proven_rows(path: Path = PROVEN) -> list[Row]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_rows(path)
 
 
 def is_proven(kernel: str, sm: int, dtype: str, rows: Sequence[Row]) -> bool:
-    here = {"kernel": kernel, "sm": sm, "dtype": dtype, **versions()}
-    return any(all(row[name] == value for name, value in here.items()) for row in rows)
+    return covered(key(kernel, sm, dtype), rows)
+
+
+def key(kernel: str, sm: int, dtype: str) -> dict[str, Any]:
+    """What a row must match to count here."""
+    return {"kernel": kernel, "sm": sm, "dtype": dtype, **versions()}
 
 
 def versions() -> dict[str, str]:
-    """Of what compiles and what multiplies, as far as behaviour depends on them: major and minor."""
+    """Of what compiles and what multiplies."""
     triton = getattr(jit.triton, "__version__", "0.0")
-    return {name: ".".join(full.split(".")[:2]) for name, full in (("torch", torch.__version__), ("triton", triton))}
+    return {name: major_minor(full) for name, full in (("torch", torch.__version__), ("triton", triton))}
 
 
-def prove(kernel: str, dtype: str, path: Path = PROVEN) -> None:
+def prove(kernel: str, dtype: str, path: Path = PROVEN) -> Row:
     """Write down that the tests of ``kernel`` have passed on the GPU in use, in place of an older row."""
     assert kernel in KERNELS, kernel
     assert not jit.INTERPRETED, "an interpreter proves nothing about a GPU"
     gpu = gpu_of(torch.device("cuda", torch.cuda.current_device()), "auto")
     assert gpu is not None
-    key = {"kernel": kernel, "sm": gpu.sm, "dtype": dtype, **versions()}
-    row = key | {"card": gpu.name, "date": datetime.date.today().isoformat()}
-    kept = [old for old in proven_rows(path) if any(old[name] != value for name, value in key.items())]
-    rows = sorted([*kept, row], key=lambda row: [str(row[name]) for name in key])
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    new = path.with_name(f"{path.name}.{os.getpid()}")
-    new.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    new.replace(path)
+    return write_row(path, key(kernel, gpu.sm, dtype), {"card": gpu.name})

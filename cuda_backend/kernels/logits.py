@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mlx_diffgemma.sampling.bans import LOWEST, classes_of_bans
+from mlx_diffgemma.sampling.bans import NEVER as NEVER  # also what a user of ``Bias`` writes
+
 from .quantize import Fp8Rows, quantize_ops
 
-NEVER = -1e30  # added to the logit of an id that cannot appear; finite, for 0 * -inf is not a number
-LOWEST = -2e38  # and so it stays, divided by a small temperature or multiplied by log2(e)
 BUFFER = 2**25  # bytes that a buffer may take: 32 MiB
 TABLE = 48 * 2**20  # bytes of the table in one chunk: about what the L2 cache of an H100 holds
 SMALLEST_SPAN = 64  # ids whose weights are summed up as one
@@ -89,22 +89,9 @@ class Bias:
 def bias_of_bans(
     bans: Sequence[tuple[Sequence[int], int]], length: int, vocab_size: int, device: torch.device
 ) -> Bias | None:
-    """Per row of a batch, which ids cannot appear, and before which of its ``length`` positions; None where none is.
-
-    Class 0 is never banned; every other one is banned in a set of rows of its own.
-    """
-    ids = np.unique([id for banned, until in bans if until for id in banned]).astype(np.int64)
-    if not len(ids):
-        return None
-    members = np.stack([np.isin(ids, banned) & bool(until) for banned, until in bans], 1)  # [ids, rows]
-    kinds, kind = np.unique(members, axis=0, return_inverse=True)
-    classes = np.zeros(vocab_size, np.int32)
-    classes[ids] = kind.reshape(-1) + 1
-    values = np.zeros((len(bans), length, len(kinds) + 1), np.float32)
-    for row, (_, until) in enumerate(bans):
-        values[row, :until, 1:] = np.where(kinds[:, row], NEVER, 0)
-    flat = values.reshape(-1, len(kinds) + 1)
-    return Bias(torch.from_numpy(classes).to(device), torch.from_numpy(flat).to(device))
+    """``classes_of_bans`` on a device; None where nothing is banned."""
+    found = classes_of_bans(bans, length, vocab_size)
+    return None if found is None else Bias(*(torch.from_numpy(x).to(device) for x in found))
 
 
 # ---- the chunks

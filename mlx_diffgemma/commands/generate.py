@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..api import load, stream_generate
-from ..backend import CHOICES, KERNELS, Model
+from ..backend import CHOICES, KERNELS, OFFERED, Model
 from ..config import GenerationConfig
 from ..errors import OptionError, UserError
 from ..events import Block, Event, Finished
@@ -32,7 +32,7 @@ SAMPLER = {
     "confidence_threshold": (number_or_off, "NATS", "mean entropy below which a canvas ends early; 'off' likewise"),
     "temperature": (number, "X", "scales the schedule; 0 takes the likeliest token everywhere"),
 }
-LOAD = ("backend", "dtype", "revision", "kernels", "activations", "head")
+LOAD = ("backend", "dtype", "revision", "kernels", "activations", "head", "self_conditioning", "tail")
 CALL = ("max_tokens", "seed", "stop", "system", "enable_thinking", *SAMPLER)
 
 
@@ -58,10 +58,17 @@ def parser() -> Parser:
     model.add_argument("--dtype", help="bfloat16 or float32 (default: the checkpoint's own)")
     model.add_argument("--revision", help="branch, tag or commit of a hub repository")
     model.add_argument(
-        "--kernels", choices=KERNELS, default="auto", help="torch: auto (default: those proven on this GPU), ops, fused"
+        "--kernels", choices=KERNELS, default="auto", help="auto (default: those proven on this GPU), ops, fused"
     )
     model.add_argument("--activations", choices=["fp8"], help="torch: round what meets FP8 weights to FP8 as well")
     model.add_argument("--head", choices=["fp8"], help="torch: make the logits in FP8")
+    model.add_argument(
+        "--self-conditioning",
+        choices=OFFERED["self_conditioning"][0],
+        default="dense",
+        help="MLX: survivors is faster, not exact",
+    )
+    model.add_argument("--tail", choices=["hold"], help="MLX: compute no logits behind the end of the text")
     answer = parse.add_argument_group("answer", "Without an option the checkpoint's own value rules.")
     answer.add_argument("--max-tokens", type=whole, metavar="N", default=unset, help="most tokens of the answer")
     answer.add_argument("--seed", type=whole, metavar="N", default=unset, help="repeats an answer (default: random)")

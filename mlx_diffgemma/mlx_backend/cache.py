@@ -1,9 +1,9 @@
-"""Where keys and values lie: ragged rows, and a place for the canvas in front of the prefix.
+"""Where keys and values lie: ragged rows of what has been read so far.
 
-Every layer has two buffers [B, K, C + S, d]. Slots 0..C-1 belong to the canvas and are rewritten by each step; slot
-C + p holds position p of the prefix, in sliding layers C + p % (W - 1). So a step neither copies nor moves the prefix:
-it writes C slots, in place since nothing else refers to the buffer, and attends to one range. RoPE is part of the
-stored keys, hence the order inside the ring does not matter.
+Every layer has two buffers [B, K, S, d]. Slot p holds position p, in sliding layers slot p % (W - 1); S grows by
+doubling. A canvas's own keys and values never come here: a step attends to two ranges, so it neither copies, moves nor
+writes the prefix, and a compiled step can have it as an argument. RoPE is part of the stored keys, hence the order
+inside the ring does not matter.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ import mlx.core as mx
 import numpy as np
 
 from ..config import TextConfig
+from .kernels.attention import Visible
 
 LEAST_CAPACITY = 64  # prefix slots of a new buffer
 
 
 @dataclass
 class LayerCache:
-    """One layer's keys and values. ``ring`` is W - 1 in sliding layers, ``None`` in full ones; ``canvas`` is C."""
+    """One layer's keys and values. ``ring`` is W - 1 in sliding layers, ``None`` in full ones."""
 
     k: mx.array
     v: mx.array
-    canvas: int
     ring: int | None
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[2]
 
     def slots(self, tokens: int) -> int:
         """Prefix slots that ``tokens`` positions occupy."""
@@ -34,30 +38,23 @@ class LayerCache:
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` positions; the capacity at least doubles, so growth is rare."""
-        have, need = self.k.shape[2] - self.canvas, self.slots(tokens)
+        have, need = self.capacity, self.slots(tokens)
         if need > have:
-            more = self.slots(max(need, 2 * have, LEAST_CAPACITY)) - have
+            more = self.slots(max(need, 2 * have)) - have
             self.k, self.v = _widen(self.k, more), _widen(self.v, more)
 
-    def attend_canvas(self, q: mx.array, k: mx.array, v: mx.array, visible: Visible) -> mx.array:
-        """q [B, H, C, d] over the canvas's own k, v [B, K, C, d] and the visible prefix; [B, H, C, d]."""
-        self.k[:, :, : self.canvas] = k
-        self.v[:, :, : self.canvas] = v
-        end = self.canvas + visible.extent
-        return attend(q, self.k[:, :, :end], self.v[:, :, :end], visible.mask)
-
     def attend_chunk(self, q: mx.array, k: mx.array, v: mx.array, chunk: Chunk) -> mx.array:
-        """q [B, H, T, d] of new tokens over the prefix and themselves, causally; the tokens' k, v are stored."""
+        """q [B, H, T, d] of new tokens over the prefix and themselves, causally: [B, T, H d]. k and v are stored."""
         if self.ring is None:
             self.put(k, v, chunk)
-            span = slice(self.canvas, self.canvas + chunk.total)
-            return attend(q, self.k[:, :, span], self.v[:, :, span], chunk.causal)
-        span = slice(self.canvas, self.canvas + self.slots(chunk.past))
+            span = slice(0, chunk.total)
+            return joined(attend(q, self.k[:, :, span], self.v[:, :, span], chunk.causal))
+        span = slice(0, self.slots(chunk.past))
         keys = mx.concatenate([self.k[:, :, span], k], 2)
         values = mx.concatenate([self.v[:, :, span], v], 2)
         out = attend(q, keys, values, chunk.window)
         self.put(k, v, chunk)
-        return out
+        return joined(out)
 
     def put(self, k: mx.array, v: mx.array, chunk: Chunk) -> None:
         """Store the tokens of a chunk, padding left out, the ring's overwritten positions too."""
@@ -72,7 +69,7 @@ class LayerCache:
         while at < count:
             slot = start + at if self.ring is None else (start + at) % self.ring
             size = count - at if self.ring is None else min(count - at, self.ring - slot)
-            to, source = slice(self.canvas + slot, self.canvas + slot + size), slice(at, at + size)
+            to, source = slice(slot, slot + size), slice(at, at + size)
             self.k[rows, :, to] = k[rows, :, source]
             self.v[rows, :, to] = v[rows, :, source]
             at += size
@@ -116,22 +113,23 @@ def ring_positions(lengths: np.ndarray, slots: int, ring: int) -> np.ndarray:
     return np.where((found >= 0) & (last >= 0), found, -1)
 
 
-@dataclass(frozen=True)
-class Visible:
-    """What a canvas sees of the prefix in one kind of layer: ``extent`` slots, and where rows differ a mask."""
+def visible_slots(lengths: np.ndarray, limit: int | None, *, capacity: int | None = None) -> Visible:
+    """What a canvas sees behind prefixes of ``lengths`` [B], at most ``limit`` slots of each.
 
-    extent: int
-    mask: mx.array | None
-
-
-def visible_slots(lengths: np.ndarray, canvas: int, limit: int | None) -> Visible:
-    """The mask is boolean [B, 1, 1, C + extent], ``None`` when every row fills every slot."""
+    With the ``capacity`` of the buffers the extent is rounded up, so that lengths close to each other look alike to a
+    compiled step.
+    """
     held = lengths if limit is None else np.minimum(lengths, limit)
     extent = int(held.max())
-    if (held == extent).all():
-        return Visible(extent, None)
-    seen = np.arange(canvas + extent) < canvas + held[:, None]
-    return Visible(extent, mx.array(seen)[:, None, None])
+    if capacity is not None:
+        extent = min(rounded_up(extent), capacity)
+    return Visible(extent, mx.array(held.astype(np.int32)), bool((held == extent).all()))
+
+
+def rounded_up(extent: int) -> int:
+    """To one of four sizes per doubling: at most a quarter is read in vain."""
+    step = max(LEAST_CAPACITY, (1 << extent.bit_length()) // 8)
+    return -(-extent // step) * step
 
 
 @dataclass
@@ -153,7 +151,7 @@ class MLXCache:
     def select(self, rows: Sequence[int]) -> MLXCache:
         """A copy of these rows, in this order."""
         at = mx.array(list(rows), dtype=mx.int32)
-        layers = [LayerCache(x.k[at], x.v[at], x.canvas, x.ring) for x in self.layers]
+        layers = [LayerCache(x.k[at], x.v[at], x.ring) for x in self.layers]
         return MLXCache(layers, self.lengths[list(rows)])
 
     def concat(self, other: MLXCache) -> MLXCache:
@@ -164,12 +162,12 @@ class MLXCache:
         )
 
 
-def empty_cache(config: TextConfig, rows: int, canvas: int, dtype: mx.Dtype) -> MLXCache:
+def empty_cache(config: TextConfig, rows: int, dtype: mx.Dtype) -> MLXCache:
     layers = []
     for i, (heads, dim) in enumerate(zip(config.num_key_value_heads, config.head_dims, strict=True)):
         ring = None if config.full(i) else config.window_keys
-        shape = (rows, heads, canvas, dim)
-        layers.append(LayerCache(mx.zeros(shape, dtype), mx.zeros(shape, dtype), canvas, ring))
+        shape = (rows, heads, LEAST_CAPACITY if ring is None else min(LEAST_CAPACITY, ring), dim)
+        layers.append(LayerCache(mx.zeros(shape, dtype), mx.zeros(shape, dtype), ring))
     return MLXCache(layers, np.zeros(rows, np.int64))
 
 
@@ -178,15 +176,20 @@ def attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask)
 
 
+def joined(heads: mx.array) -> mx.array:
+    """[B, H, T, d] to [B, T, H d]."""
+    return heads.swapaxes(1, 2).flatten(2)
+
+
 def _widen(buffer: mx.array, more: int) -> mx.array:
     rows, heads, _, dim = buffer.shape
     return mx.concatenate([buffer, mx.zeros((rows, heads, more, dim), buffer.dtype)], 2)
 
 
 def _stack(a: LayerCache, b: LayerCache) -> LayerCache:
-    slots = max(a.k.shape[2], b.k.shape[2])
+    slots = max(a.capacity, b.capacity)
 
     def both(one: mx.array, two: mx.array) -> mx.array:
         return mx.concatenate([_widen(x, slots - x.shape[2]) for x in (one, two)], 0)
 
-    return LayerCache(both(a.k, b.k), both(a.v, b.v), a.canvas, a.ring)
+    return LayerCache(both(a.k, b.k), both(a.v, b.v), a.ring)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -10,9 +10,9 @@ import numpy as np
 
 from ..backend import CanvasSpec, CanvasView
 from ..config import ModelConfig
-from . import step as denoising
 from .cache import MLXCache, empty_cache
-from .network import Network
+from .network import Network, Trace
+from .step import Denoiser, State
 from .vocabulary import log_probabilities
 from .weights import Weights
 
@@ -22,19 +22,34 @@ CHUNK = 512  # tokens per encoder pass: bounds the score matrix of a long prompt
 class MLXModel:
     """DiffusionGemma on MLX's default device."""
 
-    def __init__(self, config: ModelConfig, network: Network, weights: Weights):
+    def __init__(
+        self,
+        config: ModelConfig,
+        network: Network,
+        weights: Weights,
+        described: Mapping[str, Any] | None = None,
+        *,
+        compiled: bool = False,
+        survivors: bool = False,
+        hold: bool = False,
+    ):
+        """``compiled``, ``survivors``, ``hold``: see ``step.Denoiser``; ``described`` is what was decided at load."""
         self.config, self.network, self.weights = config, network, weights
+        self.described = dict(described or {"kernels": {"mode": "ops", "fused": []}})
+        self.denoiser = Denoiser(network, config, compiled=compiled, survivors=survivors, hold=hold)
 
     def describe(self) -> dict[str, Any]:
+        remarks = self.weights.remarks
         return {
             "backend": "mlx",
             "device": str(mx.default_device().type).rpartition(".")[2],
             "dtype": self.weights.dtype,
-            "kernels": "ops",
             "weight_bytes": self.weights.nbytes,
-            "formats": dict(self.weights.remarks.formats),
-            "approximations": list(self.weights.remarks.approximations),
-            "notes": list(self.weights.remarks.notes),
+            "formats": dict(remarks.formats),
+            **self.described,
+            "compiled": self.denoiser.compiled,
+            "approximations": [*remarks.approximations, *approximations(self.denoiser)],
+            "notes": list(remarks.notes),
         }
 
     def peak_memory(self) -> int:
@@ -53,7 +68,7 @@ class MLXModel:
         tokens = np.asarray(tokens)
         counts = np.full(len(tokens), tokens.shape[1]) if lengths is None else np.asarray(lengths, np.int64)
         if cache is None:
-            cache = empty_cache(self.config.text, len(tokens), self.config.canvas_length, self.network.dtype)
+            cache = empty_cache(self.config.text, len(tokens), self.network.dtype)
         assert len(tokens) == len(cache.lengths), (len(tokens), len(cache.lengths))
         cache.scores = np.full(tokens.shape, np.nan, np.float32) if score else None
         # What lies behind a row's end is never stored, but it is embedded: any id will do.
@@ -80,17 +95,17 @@ class MLXModel:
 
     def begin(
         self, cache: MLXCache, specs: Sequence[CanvasSpec], *, commit: tuple[np.ndarray, np.ndarray] | None = None
-    ) -> denoising.State:
+    ) -> State:
         """Start a block behind ``cache``, after reading ``commit`` into it."""
         if commit is not None:
             self.encode(commit[0], cache, lengths=commit[1])
-        return denoising.begin(self.network, self.config, cache, specs)
+        return self.denoiser.begin(cache, specs)
 
-    def step(self, state: denoising.State) -> denoising.State:
-        return denoising.advance(self.network, state)
+    def step(self, state: State) -> State:
+        return self.denoiser.step(state)
 
-    def read(self, state: denoising.State) -> CanvasView:
-        return denoising.read(state)
+    def read(self, state: State) -> CanvasView:
+        return self.denoiser.read(state)
 
     def inspect(
         self,
@@ -103,12 +118,21 @@ class MLXModel:
         """One forward that explains itself; see ``backend.Model``."""
         canvas = np.asarray(canvas, np.int32)
         soft = None if previous is None else self.network.soften(mx.array(np.asarray(previous, np.float32)))
-        layout = self.network.layout(cache, canvas.shape[1])
-        hidden, choices, odds = self.network.decode(mx.array(canvas), cache, layout, soft)
+        prefix, trace = self.network.prefix(cache, canvas.shape[1]), Trace()
+        hidden = self.network.decode(mx.array(canvas), prefix, soft, trace=trace)
+        rows = (*canvas.shape, -1)
         made = {
             "logits": lambda: self.network.logits(hidden),
             "hidden": lambda: hidden.astype(mx.float32),
-            "router": lambda: mx.stack(choices, 1).astype(mx.int32),
-            "router_probabilities": lambda: mx.stack(odds, 1),
+            "router": lambda: mx.stack([x.reshape(rows) for x in trace.chosen], 1).astype(mx.int32),
+            "router_probabilities": lambda: mx.stack([x.reshape(rows) for x in trace.odds], 1),
         }
         return {name: np.array(made[name]()) for name in want}
+
+
+def approximations(denoiser: Denoiser) -> Iterator[str]:
+    """What was asked for that is not exact."""
+    if denoiser.survivors:
+        yield "self_conditioning='survivors': tokens below e^-10 of a position's likeliest are left out"
+    if denoiser.hold:
+        yield "tail='hold': behind the end of a text, what no longer changes is not computed again"

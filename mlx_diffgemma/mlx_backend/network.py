@@ -6,9 +6,9 @@ to the model's dtype; everything else in that dtype.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -16,19 +16,40 @@ import numpy as np
 from ..config import TextConfig
 from ..tensors import DECODER, encoder_scalar, layer_name
 from . import experts
-from .cache import MLXCache, Visible, plan_chunk, visible_slots
+from .cache import MLXCache, plan_chunk, visible_slots
+from .kernels.attention import Visible
+from .kernels.moe import odds_of
+from .kernels.norm import AfterAttention, AfterExperts
+from .kernels.ops import PLAIN, Ops
 from .linear import Linear
 
-Attention = Callable[[mx.array, mx.array, mx.array], mx.array]
+PRE_FEEDFORWARD = ("pre_feedforward_layernorm", "pre_feedforward_layernorm_2")
+POST_FEEDFORWARD = ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "post_feedforward_layernorm")
+Attention = Callable[[mx.array, mx.array, mx.array], mx.array]  # q, k, v, heads first -> [B, T, H d]
 Rotation = tuple[mx.array, mx.array]  # cos and sin, [B, 1, T, d / 2]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What stays the same during a block: one entry per layer."""
+class Prefix:
+    """What the canvases of a block see of the cache: nothing else of it enters a step.
 
-    rotations: list[Rotation]
-    visible: list[Visible]
+    Args:
+        keys, values: per layer, the whole buffers [B, K, S, d].
+        rotations, visible: of sliding layers, then of full ones.
+    """
+
+    keys: tuple[mx.array, ...]
+    values: tuple[mx.array, ...]
+    rotations: tuple[Rotation, Rotation]
+    visible: tuple[Visible, Visible]
+
+
+@dataclass
+class Trace:
+    """What ``inspect`` wants to know of the routers, layer by layer."""
+
+    chosen: list[mx.array] = field(default_factory=list)  # [N, k], best first
+    odds: list[mx.array] = field(default_factory=list)  # float32 [N, E]
 
 
 @dataclass(frozen=True)
@@ -39,13 +60,14 @@ class Network:
     matrices: dict[str, Linear]
     weights: dict[str, mx.array]
     dtype: mx.Dtype
+    ops: Ops = PLAIN
 
     @property
     def table(self) -> Linear:
         """The embedding [V, D], which is also the output head."""
         return self.matrices[f"{DECODER}.embed_tokens.weight"]
 
-    @property
+    @functools.cached_property
     def scale(self) -> mx.array:
         """The embedding scale, rounded to the dtype of the weights: 53 in bfloat16 at 2,816 features."""
         return mx.array(self.config.hidden_size**0.5, dtype=self.dtype)
@@ -62,65 +84,93 @@ class Network:
 
     # ---- parts of a layer
 
-    def rotations(self, positions: np.ndarray) -> list[Rotation]:
-        """cos and sin per layer for positions int [B, T]; layers of one kind share theirs.
+    def rotations(self, positions: np.ndarray) -> tuple[Rotation, Rotation]:
+        """cos and sin for positions int [B, T]: of sliding layers, then of full ones.
 
         Made on the host in float32: a few KB per block, and no device's own cosine enters.
         """
-        made: dict[tuple, Rotation] = {}
-        for dim, rope in zip(self.config.head_dims, self.config.ropes, strict=True):
-            if (dim, rope) in made:
+        made: dict[bool, Rotation] = {}
+        for i, (dim, rope) in enumerate(zip(self.config.head_dims, self.config.ropes, strict=True)):
+            if self.config.full(i) in made:
                 continue
             frequency, turning = np.zeros(dim // 2), rope.turning(dim)
             frequency[:turning] = 1 / rope.theta ** (np.arange(0, 2 * turning, 2) / dim) / rope.factor
             angle = positions[:, None, :, None].astype(np.float32) * frequency.astype(np.float32)
-            made[dim, rope] = (mx.array(np.cos(angle)).astype(self.dtype), mx.array(np.sin(angle)).astype(self.dtype))
-        return [made[key] for key in zip(self.config.head_dims, self.config.ropes, strict=True)]
+            turn = (mx.array(np.cos(angle)).astype(self.dtype), mx.array(np.sin(angle)).astype(self.dtype))
+            made[self.config.full(i)] = turn
+        only = next(iter(made.values()))
+        return made.get(False, only), made.get(True, only)
 
-    def keys_values(self, x: mx.array, rotation: Rotation, layer: int) -> tuple[mx.array, mx.array]:
-        """k after norm and RoPE, v after its bare norm, [B, K, T, d]. Full layers take v from the raw keys."""
-        at, dim = f"{layer_name(layer)}.self_attn", self.config.head_dims[layer]
-        raw = heads(self.linear(x, f"{at}.k_proj"), dim)
-        v = raw if self.config.full(layer) else heads(self.linear(x, f"{at}.v_proj"), dim)
-        return rotate(self.norm(raw, f"{at}.k_norm"), rotation), self.bare_norm(v)
+    def heads(
+        self, x: mx.array, rotation: Rotation, layer: int, *, queries: bool = True
+    ) -> tuple[mx.array | None, mx.array, mx.array]:
+        """q [B, H, T, d], k and v [B, K, T, d] of normed rows [B, T, D], as attention reads and the cache keeps them.
 
-    def attention(self, x: mx.array, rotation: Rotation, layer: int, attended: Attention) -> mx.array:
-        at, dim = f"{layer_name(layer)}.self_attn", self.config.head_dims[layer]
-        q = rotate(self.norm(heads(self.linear(x, f"{at}.q_proj"), dim), f"{at}.q_norm"), rotation)
-        out = attended(q, *self.keys_values(x, rotation, layer))
-        return self.linear(out.swapaxes(1, 2).flatten(2), f"{at}.o_proj")
+        Full layers have no value projection: v comes from the raw keys.
+        """
+        at = f"{layer_name(layer)}.self_attn"
+        return self.ops.heads(
+            self.linear(x, f"{at}.q_proj") if queries else None,
+            self.linear(x, f"{at}.k_proj"),
+            None if self.config.full(layer) else self.linear(x, f"{at}.v_proj"),
+            self.weights[f"{at}.q_norm.weight"],
+            self.weights[f"{at}.k_norm.weight"],
+            *rotation,
+            self.config.rms_norm_eps,
+        )
 
     def gated_mlp(self, x: mx.array, at: str) -> mx.array:
-        gate = experts.gelu_tanh(self.linear(x, f"{at}.gate_proj"))
-        return self.linear(gate * self.linear(x, f"{at}.up_proj"), f"{at}.down_proj")
+        act = self.ops.geglu(self.linear(x, f"{at}.gate_proj"), self.linear(x, f"{at}.up_proj"))
+        return self.linear(act, f"{at}.down_proj")
 
-    def route(self, h: mx.array, layer: int) -> tuple[mx.array, mx.array, mx.array]:
-        """Weights [N, k], experts [N, k] and odds [N, E] for [N, D] rows of the un-normed stream."""
-        at = f"{layer_name(layer)}.router"
-        z = self.bare_norm(h) * self.weights[f"{at}.scale"]
-        # A Python factor would be rounded to bfloat16 first; torch multiplies by the float32 value.
-        z = (z.astype(mx.float32) * h.shape[-1] ** -0.5).astype(h.dtype)
-        scores = self.linear(z, f"{at}.proj")
-        return experts.choose(scores, self.weights[f"{at}.per_expert_scale"], self.config.top_k_experts)
+    @functools.cached_property
+    def joints(self) -> list[tuple[AfterAttention, AfterExperts, mx.array]]:
+        """Of each layer the norms behind attention, those behind the experts, and that of the layer which follows."""
+        found, names = [], [layer_name(i) for i in range(self.config.num_hidden_layers)]
+        for at, following in zip(names, [*(f"{name}.input_layernorm" for name in names[1:]), f"{DECODER}.norm"]):
+            middle = [f"{at}.{name}.weight" for name in ("post_attention_layernorm", *PRE_FEEDFORWARD)]
+            last = [f"{at}.{name}.weight" for name in POST_FEEDFORWARD]
+            after_attention = AfterAttention(*(self.weights[x] for x in middle), self.weights[f"{at}.router.scale"])
+            after_experts = AfterExperts(*(self.weights[x] for x in last))
+            found.append((after_attention, after_experts, self.weights[f"{following}.weight"]))
+        return found
 
     # ---- the stack
 
     def layer(
-        self, h: mx.array, rotation: Rotation, layer: int, scalar: mx.array, attended: Attention
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """The stream [B, T, D] through one layer; also the router's choice [B, T, k] and odds [B, T, E]."""
-        at = layer_name(layer)
-        attention = self.attention(self.norm(h, f"{at}.input_layernorm"), rotation, layer, attended)
-        h = h + self.norm(attention, f"{at}.post_attention_layernorm")
-        dense = self.gated_mlp(self.norm(h, f"{at}.pre_feedforward_layernorm"), f"{at}.mlp")
-        weight, chosen, odds = self.route(h.flatten(0, 1), layer)
-        banks = (self.matrices[f"{at}.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
-        inner = self.norm(h, f"{at}.pre_feedforward_layernorm_2").flatten(0, 1)
-        mixed = experts.mix(inner, weight, chosen, *banks).reshape(h.shape)
-        both = self.norm(dense, f"{at}.post_feedforward_layernorm_1")
-        both = both + self.norm(mixed, f"{at}.post_feedforward_layernorm_2")
-        h = h + self.norm(both, f"{at}.post_feedforward_layernorm")
-        return h * scalar, chosen.reshape(*h.shape[:2], -1), odds.reshape(*h.shape[:2], -1)
+        self,
+        h: mx.array,
+        x: mx.array,
+        rotation: Rotation,
+        layer: int,
+        scalar: mx.array,
+        attended: Attention,
+        trace: Trace | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """The stream h [B, T, D] and its norm x through one layer; the dense MLP and the experts stand side by side."""
+        at, eps, (after_attention, after_experts, following) = (
+            layer_name(layer),
+            self.config.rms_norm_eps,
+            self.joints[layer],
+        )
+        q, k, v = self.heads(x, rotation, layer)
+        assert q is not None
+        joined = self.linear(attended(q, k, v), f"{at}.self_attn.o_proj")
+        parts = self.ops.after_attention(h, joined, after_attention, eps)
+        dense = self.gated_mlp(parts.dense, f"{at}.mlp")
+        scores = self.linear(parts.router, f"{at}.router.proj").flatten(0, 1)
+        routes = self.ops.route(scores, self.weights[f"{at}.router.per_expert_scale"], self.config.top_k_experts)
+        if trace is not None:
+            trace.chosen.append(routes.chosen)
+            trace.odds.append(odds_of(scores))
+        gate_up, down = (self.matrices[f"{at}.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
+        mixed = experts.mix(parts.experts.flatten(0, 1), routes, gate_up, down, self.ops, self.dtype)
+        return self.ops.after_experts(
+            parts.stream, dense, mixed.reshape(h.shape), after_experts, scalar, eps, following
+        )
+
+    def first_norm(self, h: mx.array) -> mx.array:
+        return self.norm(h, f"{layer_name(0)}.input_layernorm")
 
     def encode(self, tokens: mx.array, cache: MLXCache, counts: np.ndarray, *, hidden: bool) -> mx.array | None:
         """Causal pass over one chunk [B, T]; the cache, which has room for it, takes ``counts`` [B] tokens per row.
@@ -130,36 +180,44 @@ class Network:
         chunk = plan_chunk(cache.lengths, counts, tokens.shape[1], self.config.sliding_window)
         rotations = self.rotations(cache.lengths[:, None] + np.arange(tokens.shape[1]))
         h, last = self.embed(tokens), self.config.num_hidden_layers - 1
+        x = self.first_norm(h)
         for i, kept in enumerate(cache.layers):
+            rotation = rotations[self.config.full(i)]
             if i == last and not hidden:
-                x = self.norm(h, f"{layer_name(i)}.input_layernorm")
-                kept.put(*self.keys_values(x, rotations[i], i), chunk)
+                _, k, v = self.heads(x, rotation, i, queries=False)
+                kept.put(k, v, chunk)
                 break
-            attended = partial(kept.attend_chunk, chunk=chunk)
-            h, _, _ = self.layer(h, rotations[i], i, self.weights[encoder_scalar(i)], attended)
+            attended = functools.partial(kept.attend_chunk, chunk=chunk)
+            h, x = self.layer(h, x, rotation, i, self.weights[encoder_scalar(i)], attended)
         cache.lengths = cache.lengths + counts
-        return self.norm(h, f"{DECODER}.norm") if hidden else None
+        return x if hidden else None
 
-    def layout(self, cache: MLXCache, canvas: int) -> Layout:
-        """Rotations and visible slots of a canvas of ``canvas`` tokens behind each row of the cache."""
-        full = visible_slots(cache.lengths, canvas, None)
-        sliding = visible_slots(cache.lengths, canvas, self.config.window_keys)
-        kinds = [full if self.config.full(i) else sliding for i in range(self.config.num_hidden_layers)]
-        return Layout(self.rotations(cache.lengths[:, None] + np.arange(canvas)), kinds)
+    def prefix(self, cache: MLXCache, canvas: int, *, rounded: bool = False) -> Prefix:
+        """What a canvas of ``canvas`` tokens behind each row of the cache sees of it; ``rounded``: see ``visible_slots``."""
+        layers, window = cache.layers, self.config.window_keys
+        capacity = {self.config.full(i): kept.capacity for i, kept in enumerate(layers)} if rounded else {}
+        return Prefix(
+            tuple(kept.k for kept in layers),
+            tuple(kept.v for kept in layers),
+            self.rotations(cache.lengths[:, None] + np.arange(canvas)),
+            (
+                visible_slots(cache.lengths, window, capacity=capacity.get(False)),
+                visible_slots(cache.lengths, None, capacity=capacity.get(True)),
+            ),
+        )
 
     def decode(
-        self, canvas: mx.array, cache: MLXCache, layout: Layout, soft: mx.array | None
-    ) -> tuple[mx.array, list[mx.array], list[mx.array]]:
-        """Bidirectional pass over ``canvas`` [B, C]; hidden states [B, C, D], router choices and odds per layer."""
+        self, canvas: mx.array, prefix: Prefix, soft: mx.array | None, *, trace: Trace | None = None
+    ) -> mx.array:
+        """Bidirectional pass over ``canvas`` [B, C]: hidden states [B, C, D] after the last norm."""
         h = self.condition(self.embed(canvas), soft)
-        choices, odds = [], []
-        for i, kept in enumerate(cache.layers):
-            attended = partial(kept.attend_canvas, visible=layout.visible[i])
-            scalar = self.weights[f"{layer_name(i)}.layer_scalar"]
-            h, chosen, p = self.layer(h, layout.rotations[i], i, scalar, attended)
-            choices.append(chosen)
-            odds.append(p)
-        return self.norm(h, f"{DECODER}.norm"), choices, odds
+        x = self.first_norm(h)
+        for i, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            full, scalar = self.config.full(i), self.weights[f"{layer_name(i)}.layer_scalar"]
+            visible = prefix.visible[full]
+            attended = functools.partial(self.ops.canvas_attention, prefix_k=keys, prefix_v=values, visible=visible)
+            h, x = self.layer(h, x, prefix.rotations[full], i, scalar, attended, trace)
+        return x
 
     # ---- ends
 
@@ -179,18 +237,6 @@ class Network:
     def logits(self, hidden: mx.array) -> mx.array:
         """float32 [..., V]: the head in the model's dtype, then the softcap in float32."""
         return softcap(self.table.apply(hidden).astype(mx.float32), self.config.final_logit_softcapping)
-
-
-def heads(x: mx.array, dim: int) -> mx.array:
-    """[B, T, H * d] to [B, H, T, d]."""
-    return x.reshape(*x.shape[:2], -1, dim).swapaxes(1, 2)
-
-
-def rotate(x: mx.array, rotation: Rotation) -> mx.array:
-    """RoPE on [B, H, T, d]: element i pairs with i + d / 2."""
-    cos, sin = rotation
-    a, b = mx.split(x, 2, -1)
-    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def softcap(raw: mx.array, cap: float | None) -> mx.array:

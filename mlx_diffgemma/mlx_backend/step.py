@@ -1,12 +1,16 @@
 """One denoising step as a graph: decode, read the vocabulary, accept, renoise, clamp, freeze, stop.
 
-The rules are those of ``sampling.rules``, for all rows at once and without the host: nothing here waits.
+The rules are those of ``sampling.rules``, for all rows at once and without the host: nothing here waits. ``denoise`` is
+a function of trees of arrays; on a GPU it is compiled, and the graph of a step is made while the one before runs
+(``Denoiser``).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -15,51 +19,47 @@ from ..backend import CanvasSpec, CanvasView
 from ..config import UNSET, ModelConfig
 from ..sampling import rules
 from .cache import MLXCache
-from .network import Layout, Network
+from .compiled import Compiled
+from .economy import Economy, Saving
+from .network import Network, Prefix
 from .noise import block_noise
-from .vocabulary import Ban, read_canvas
+from .vocabulary import Bias, Reading, bias_of_bans, read_canvas
 
 NEVER = 2**30  # a stability threshold that no run reaches: no early stop
 
 
 @dataclass(frozen=True)
-class Block:
-    """What a block's steps share. N is the largest step cap among the rows.
+class Settings:
+    """What a block's steps share, on the device. N is the largest step cap among the rows.
 
     Args:
         draw: float32 [B, N, C].  renoise: int32 [B, N, C], what a rejected position becomes.
-        temperature: float32 [B, N].  clamp: int32 [B, C], -1 where free.
+        temperature: float32 [B, N].  clamp: int32 [B, C], -1 where free.  bias: ``None`` where no id is banned.
         bound, confidence: float32 [B].  stability, cap: int32 [B].  greedy: bool [B].
-        steps: N, or 0 when every row was decided before the first step.
     """
 
-    cache: MLXCache
-    layout: Layout
     draw: mx.array
     renoise: mx.array
     temperature: mx.array
     clamp: mx.array
-    ban: Ban | None
+    bias: Bias | None
     bound: mx.array
     confidence: mx.array
     stability: mx.array
     cap: mx.array
     greedy: mx.array
-    steps: int
 
 
 @dataclass(frozen=True)
-class State:
-    """A block after ``at`` steps. Fields are those of ``CanvasView`` on the device, and
+class Carried:
+    """What one step hands to the next. Fields are those of ``CanvasView`` on the device, and
 
     Args:
-        soft: [B, C, D] soft embedding for the next step, ``None`` before the first.
         run: int32 [B], how many argmax canvases before the current one equal it.
-        packed: int32 [B, 5C + 2], the view in one array.
+        soft: [B, C, D] soft embedding for the next step, ``None`` before the first.
+        packed: int32 [B, 5C + 3], the view in one array, and how many rows of the soft embedding are flat.
     """
 
-    block: Block
-    at: int
     canvas: mx.array
     argmax: mx.array
     accepted: mx.array
@@ -72,81 +72,170 @@ class State:
     packed: mx.array
 
 
-def begin(network: Network, config: ModelConfig, cache: MLXCache, specs: Sequence[CanvasSpec]) -> State:
-    """Noise, tables and start canvas of a block, submitted."""
-    length, vocab, rows = config.canvas_length, config.text.vocab_size, len(specs)
-    assert rows == len(cache.lengths), (rows, len(cache.lengths))
-    settings, masks = [s.settings for s in specs], [s.masks.checked(length, vocab) for s in specs]
-    steps = max(s.max_denoising_steps for s in settings)  # tables of rows with a lower cap repeat, unread
-    noise = block_noise(specs, steps=steps, length=length, vocab_size=vocab)
+@dataclass(frozen=True)
+class Block:
+    """A block in progress. ``steps`` is N, or 0 when every row was decided before the first step."""
+
+    prefix: Prefix
+    settings: Settings
+    steps: int
+    economy: Economy
+
+
+@dataclass(frozen=True)
+class State:
+    """A block after ``at`` steps. ``ahead`` holds the state that follows once its graph is made."""
+
+    block: Block
+    at: int
+    carried: Carried
+    ahead: list[State] = field(default_factory=list)
+
+
+class Denoiser:
+    """Steps of one model. ``compiled``: the step is compiled, and its graph made one step ahead."""
+
+    def __init__(self, network: Network, config: ModelConfig, *, compiled: bool, survivors: bool, hold: bool):
+        self.network, self.config, self.compiled = network, config, compiled
+        self.survivors, self.hold = survivors, hold
+        function = functools.partial(denoise, network)
+        self.function = Compiled(function) if compiled else function
+
+    def begin(self, cache: MLXCache, specs: Sequence[CanvasSpec]) -> State:
+        """Noise, tables and start canvas of a block, submitted."""
+        length = self.config.canvas_length
+        assert len(specs) == len(cache.lengths), (len(specs), len(cache.lengths))
+        checked = [dataclasses.replace(s, masks=s.masks.checked(length, self.config.text.vocab_size)) for s in specs]
+        steps = max(s.settings.max_denoising_steps for s in specs)
+        settings, carried = tables(checked, steps, length, self.config.text.vocab_size)
+        prefix = self.network.prefix(cache, length, rounded=self.compiled)
+        economy = Economy.of(specs, length, survivors=self.survivors, hold=self.hold)
+        block = Block(prefix, settings, 0 if all(s.decided(length) for s in specs) else steps, economy)
+        mx.async_eval(carried.packed, settings.draw, settings.renoise)
+        return State(block, 0, carried)
+
+    def step(self, state: State) -> State:
+        """The state one step later, submitted. Finished rows are computed along and keep what they had."""
+        if state.at >= state.block.steps:
+            return state
+        after = state.ahead.pop() if state.ahead else self._next(state)
+        mx.async_eval(after.carried.packed, after.carried.run, after.carried.soft)
+        if self.compiled and after.at < after.block.steps:
+            after.ahead.append(
+                self._next(after)
+            )  # while the device is at work; submitted when the host knows it is due
+        return after
+
+    def _next(self, state: State) -> State:
+        block = state.block
+        args = (block.settings, block.prefix, state.carried, mx.array(state.at), block.economy.saving())
+        return State(block, state.at + 1, self.function(*args))
+
+    @staticmethod
+    def read(state: State) -> CanvasView:
+        """The view on the host: waits for the step, one transfer."""
+        packed = np.array(state.carried.packed)
+        length = state.carried.canvas.shape[1]
+        canvas, argmax, accepted, entropy, confidence = np.split(packed[:, : 5 * length], 5, -1)
+        done, steps, flat = (packed[:, 5 * length + i].copy() for i in range(3))
+        entropy, confidence = (np.ascontiguousarray(x).view(np.float32) for x in (entropy, confidence))
+        view = CanvasView(
+            canvas.copy(), argmax.copy(), accepted.astype(bool), entropy, confidence, done.astype(bool), steps
+        )
+        if state.at:
+            state.block.economy.learn(view, int(flat.sum()))
+        return view
+
+
+def tables(specs: Sequence[CanvasSpec], steps: int, length: int, vocab_size: int) -> tuple[Settings, Carried]:
+    """What the steps of a block need of ``specs``, and the canvas they start from."""
+    settings, masks = [s.settings for s in specs], [s.masks for s in specs]
+    noise = block_noise(specs, steps=steps, length=length, vocab_size=vocab_size)
     clamp = _ids([m.clamp for m in masks], length)
-    decided = [spec.decided(length) for spec in specs]
     early = [s.stability_threshold is not None and s.confidence_threshold is not None for s in settings]
-    block = Block(
-        cache=cache,
-        layout=network.layout(cache, length),
+    shared = Settings(
         draw=noise.draw,
         renoise=_given(_ids([m.renoise_from for m in masks], length)[:, None], noise.renoise),
+        # those of rows with a lower cap repeat, unread
         temperature=mx.array(np.stack([np.resize(rules.temperatures(s), steps) for s in settings])),
         clamp=clamp,
-        ban=_ban(specs, vocab),
+        bias=bias_of_bans([(m.banned, m.banned_until) for m in masks], length, vocab_size),
         bound=mx.array([s.entropy_bound for s in settings], dtype=mx.float32),
         confidence=mx.array([s.confidence_threshold or 0.0 for s in settings], dtype=mx.float32),
         stability=mx.array([s.stability_threshold if e else NEVER for s, e in zip(settings, early, strict=True)]),
         cap=mx.array([s.max_denoising_steps for s in settings]),
         greedy=mx.array([s.temperature == 0 for s in settings]),
-        steps=0 if all(decided) else steps,
     )
     canvas = _given(clamp, _given(_ids([m.init for m in masks], length), noise.start))
-    nothing, zero = mx.zeros((rows, length)), mx.zeros((rows,), mx.int32)
-    view = (canvas, canvas, nothing > 0, nothing, nothing, mx.array(decided), zero)
-    state = State(block, 0, *view, run=zero, soft=None, packed=_pack(*view))
-    mx.async_eval(state.packed, block.draw, block.renoise)
-    return state
+    nothing, zero = mx.zeros((len(specs), length)), mx.zeros((len(specs),), mx.int32)
+    decided = mx.array([spec.decided(length) for spec in specs])
+    view = (canvas, canvas, nothing > 0, nothing, nothing, decided, zero)
+    return shared, Carried(*view, run=zero, soft=None, packed=_pack(*view, zero))
 
 
-def advance(network: Network, state: State) -> State:
-    """The state one step later, submitted. Finished rows are computed along and keep what they had."""
-    block, at = state.block, state.at
-    if at >= block.steps:
-        return state
-    hidden, _, _ = network.decode(state.canvas, block.cache, block.layout, state.soft)
-    read = read_canvas(network, hidden, block.temperature[:, at], block.draw[:, at], block.ban)
+def first(bias: Bias, rows: int, length: int) -> Bias:
+    """Of canvases of ``length``, the first ``rows`` positions each."""
+    classes = bias.values.shape[-1]
+    return Bias(bias.classes, bias.values.reshape(-1, length, classes)[:, :rows].reshape(-1, classes))
+
+
+def denoise(
+    network: Network, block: Settings, prefix: Prefix, before: Carried, at: mx.array, saving: Saving
+) -> Carried:
+    """One step; ``at`` int32 is its number from 0. What is static about it is in the trees that are no arrays."""
+    hidden = network.decode(before.canvas, prefix, before.soft)
+    uniform, renoise, temperature = (mx.take(x, at, axis=1) for x in (block.draw, block.renoise, block.temperature))
+    read = _read(network, hidden, temperature, uniform, block.bias, before, saving)
     free = block.clamp == UNSET
     argmax = _given(block.clamp, read.argmax)
     drawn = mx.where(block.greedy[:, None], read.argmax, read.drawn)
     accepted = accept(read.entropy, block.bound, free)
-    canvas = _given(block.clamp, mx.where(accepted, drawn, block.renoise[:, at]))
-    same = (argmax == state.argmax).all(-1) if at else mx.zeros(state.run.shape, mx.bool_)
-    run = mx.where(same, state.run + 1, 0)
+    canvas = _given(block.clamp, mx.where(accepted, drawn, renoise))
+    same = (argmax == before.argmax).all(-1) & (at > 0)
+    run = mx.where(same, before.run + 1, 0)
     stop = (run >= block.stability) & confident(read.entropy, block.confidence, free)
-    done = state.done | stop | (block.cap == at + 1)
+    done = before.done | stop | (block.cap == at + 1)
 
     def kept(old: mx.array, new: mx.array) -> mx.array:
-        return mx.where(state.done[:, None], old, new)
+        return mx.where(before.done[:, None], old, new)
 
     view = (
-        kept(state.canvas, canvas),
-        kept(state.argmax, argmax),
-        kept(state.accepted, accepted),
-        kept(state.entropy, read.entropy),
-        kept(state.confidence, read.confidence),
+        kept(before.canvas, canvas),
+        kept(before.argmax, argmax),
+        kept(before.accepted, accepted),
+        kept(before.entropy, read.entropy),
+        kept(before.confidence, read.confidence),
         done,
-        mx.where(state.done, state.steps, at + 1),
+        mx.where(before.done, before.steps, at + 1),
     )
-    after = State(block, at + 1, *view, run=run, soft=read.soft, packed=_pack(*view))
-    mx.async_eval(after.packed, after.run, after.soft)
-    return after
+    return Carried(*view, run=run, soft=read.soft, packed=_pack(*view, read.flat))
 
 
-def read(state: State) -> CanvasView:
-    """The view on the host: waits for the step, one transfer."""
-    packed = np.array(state.packed)
-    length = state.canvas.shape[1]
-    canvas, argmax, accepted, entropy, confidence = np.split(packed[:, : 5 * length], 5, -1)
-    done, steps = packed[:, 5 * length].astype(bool), packed[:, 5 * length + 1].copy()
-    entropy, confidence = (np.ascontiguousarray(x).view(np.float32) for x in (entropy, confidence))
-    return CanvasView(canvas.copy(), argmax.copy(), accepted.astype(bool), entropy, confidence, done, steps)
+def _read(
+    network: Network,
+    hidden: mx.array,
+    temperature: mx.array,
+    uniform: mx.array,
+    bias: Bias | None,
+    before: Carried,
+    saving: Saving,
+) -> Reading:
+    """What the vocabulary says of every position; a tail that is held keeps what it had."""
+    head = saving.rows
+    if head is None or before.soft is None:
+        return read_canvas(network, hidden, temperature, uniform, bias, saving.dense_rows)
+    read = read_canvas(
+        network,
+        hidden[:, :head],
+        temperature,
+        uniform[:, :head],
+        None if bias is None else first(bias, head, hidden.shape[1]),
+        saving.dense_rows,
+    )
+    old = (before.argmax, before.canvas, before.entropy, before.confidence, before.soft)
+    new = (read.argmax, read.drawn, read.entropy, read.confidence, read.soft)
+    joined = (mx.concatenate([mine, other[:, head:]], 1) for mine, other in zip(new, old, strict=True))
+    return Reading(*joined, read.flat)
 
 
 def accept(entropy: mx.array, bound: mx.array, free: mx.array) -> mx.array:
@@ -176,16 +265,7 @@ def _ids(masks: Sequence[np.ndarray | None], length: int) -> mx.array:
     return mx.array(np.stack([unset if mask is None else np.asarray(mask, np.int32) for mask in masks]))
 
 
-def _ban(specs: Sequence[CanvasSpec], vocab_size: int) -> Ban | None:
-    if not any(spec.masks.banned for spec in specs):
-        return None
-    ids = np.zeros((len(specs), vocab_size), bool)
-    for row, spec in enumerate(specs):
-        ids[row, list(spec.masks.banned)] = True
-    return Ban(mx.array(ids), mx.array([spec.masks.banned_until for spec in specs]))
-
-
 def _pack(*view: mx.array) -> mx.array:
-    """int32 [B, 5C + 2]; floats keep their bits."""
+    """int32 [B, 5C + 3]; floats keep their bits."""
     columns = [x.view(mx.int32) if x.dtype == mx.float32 else x.astype(mx.int32) for x in view]
     return mx.concatenate([x if x.ndim == 2 else x[:, None] for x in columns], -1)

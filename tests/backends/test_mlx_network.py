@@ -95,7 +95,7 @@ def test_bfloat16_runs_and_says_what_is_wider(both):
     reference, _ = both
     mlx = load_model(tiny.checkpoint(), "mlx", "bfloat16")
     shown = mlx.describe()
-    assert (shown["backend"], shown["dtype"], shown["kernels"]) == ("mlx", "bfloat16", "ops")
+    assert (shown["backend"], shown["dtype"], shown["kernels"]["fused"]) == ("mlx", "bfloat16", [])
     assert mlx.network.table.dtype == mx.bfloat16 and float(mlx.network.scale) == 8.0
     if mx.default_device() == mx.Device(mx.cpu):
         assert any("experts" in note for note in shown["notes"])

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_diffgemma.backend import CanvasSpec, Masks
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.mlx_backend import step, vocabulary
+from mlx_diffgemma.mlx_backend.kernels import head
 from mlx_diffgemma.sampling import rules
 from tests import tiny
 from tests.conftest import load_model
@@ -153,8 +154,8 @@ def test_draw_in_two_levels(vocab_size):
     uniform = random.random(400).astype(np.float32)
     uniform[:3] = 0, 2**-24, 1 - 2**-24
     weight = np.exp(shaped - shaped.max(-1, keepdims=True))
-    runs = mx.array(weight).reshape(400, -1, vocabulary.run_length(vocab_size))
-    found = np.array(vocabulary.draw(runs, mx.cumsum(runs.sum(-1), -1), mx.array(uniform)))
+    runs = mx.array(weight).reshape(400, -1, head.run_length(vocab_size))
+    found = np.array(head.draw(runs, mx.cumsum(runs.sum(-1), -1), mx.array(uniform)))
     expected = rules.draw(shaped, uniform)
     assert (found != expected).mean() < 0.01
     assert (found < vocab_size - 40).all() and (np.take_along_axis(weight, found[:, None], -1) > 0).all()
@@ -181,5 +182,5 @@ def test_bfloat16_steps():
     state = mlx.begin(mlx.encode(draw_ids(0, 1, 5)), [CanvasSpec(SETTINGS, seed=1)])
     while not mlx.read(state).done.all():
         state = mlx.step(state)
-    assert state.soft.dtype == mx.bfloat16 and 1 <= mlx.read(state).steps[0] <= 6
+    assert state.carried.soft.dtype == mx.bfloat16 and 1 <= mlx.read(state).steps[0] <= 6
     assert mlx.peak_memory() >= mlx.weights.nbytes

@@ -44,16 +44,34 @@ def off(found: np.ndarray, truth: np.ndarray) -> float:
 # ---- what is refused
 
 
-@pytest.mark.parametrize("backend", ["mlx", "reference"])
-@pytest.mark.parametrize("option", [{"kernels": "ops"}, {"kernels": "fused"}, {"activations": "fp8"}, {"head": "fp8"}])
-def test_other_backends_have_none_of_it(backend, option):
+OTHERS = [
+    ("mlx", {"activations": "fp8"}),
+    ("mlx", {"head": "fp8"}),
+    ("cpu", {"self_conditioning": "survivors"}),
+    ("cpu", {"tail": "hold"}),
+    *(
+        ("reference", option)
+        for option in (
+            {"kernels": "ops"},
+            {"kernels": "fused"},
+            {"activations": "fp8"},
+            {"head": "fp8"},
+            {"self_conditioning": "survivors"},
+            {"tail": "hold"},
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("backend", "option"), OTHERS)
+def test_a_backend_refuses_what_it_does_not_have(backend, option):
     (name, value), *_ = option.items()
     with pytest.raises(OptionError, match=rf"{name}='{value}' .*'{backend}': leave it out"):
         m.load("demo", backend=backend, **option)
 
 
 @pytest.mark.parametrize(
-    "option", [{"kernels": "fast"}, {"activations": "fp4"}, {"head": "int8"}, {"dtype": "float16"}]
+    "option", [{"kernels": "fast"}, {"activations": "fp4"}, {"head": "int8"}, {"dtype": "float16"}, {"tail": "cut"}]
 )
 @pytest.mark.parametrize("backend", ["mlx", "cpu", "reference"])
 def test_unknown_values_are_refused_before_anything_is_opened(backend, option):
@@ -61,6 +79,12 @@ def test_unknown_values_are_refused_before_anything_is_opened(backend, option):
     with pytest.raises(OptionError, match=f"{name}='{value}'") as error:
         m.load("no-such-folder", backend=backend, **option)
     assert "\n" not in str(error.value)
+
+
+def test_kernels_need_a_mac(monkeypatch):
+    monkeypatch.setattr(api, "open_checkpoint", None)
+    with pytest.raises(OptionError, match=r"kernels='fused': kernels need a Mac's GPU.*kernels='ops'"):
+        m.load("demo", backend="mlx", kernels="fused")
 
 
 def test_kernels_need_a_gpu_or_the_interpreter(monkeypatch):

@@ -25,15 +25,17 @@ def test_a_file_proves_its_kernels_if_all_of_it_has_passed():
     for path, kernel in ((A, "norm"), (B, "heads")):
         proofs.of(SimpleNamespace(path=path), "cuda", print)(kernel, torch.bfloat16)
         proofs.passed(path)
-    assert proofs.proven([A, B]) == [("heads", "bfloat16"), ("norm", "bfloat16")]
-    assert proofs.proven([A, A, B]) == [("heads", "bfloat16")]  # a test of A failed, or never ran
+    assert proofs.proven([A, B]) == [("cuda", "heads", "bfloat16"), ("cuda", "norm", "bfloat16")]
+    assert proofs.proven([A, A, B]) == [("cuda", "heads", "bfloat16")]  # a test of A failed, or never ran
 
 
 def test_the_interpreter_proves_nothing():
     proofs, said = Proofs(), []
     proofs.of(SimpleNamespace(path=A), "cpu", lambda **row: said.append(row))("norm", torch.float32)
     proofs.passed(A)
-    assert proofs.proven([A]) == [] and said == [{"what": "interpreted", "kernel": "norm", "dtype": "float32"}]
+    proofs.finish([A])
+    assert proofs.written == proofs.virtual == []
+    assert said == [{"what": "interpreted", "kernel": "norm", "dtype": "float32"}]
 
 
 def test_proof_is_written_and_replaced(tmp_path, monkeypatch):

@@ -1,141 +1,135 @@
-"""Runs Metal kernels on a CPU: MLX generates the text, ``msl_cpu.h`` gives it a meaning, clang (from Zig) compiles it.
-
-A sketch to be replaced.
-"""
+"""One call of a kernel on the CPU, as ``launch.running_on`` wants it."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
+import math
 import re
-import subprocess
-import sys
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-HEADER = Path(__file__).with_name("msl_cpu.h")
-BUILD = Path(__file__).parents[2] / "build" / "metal_cpu"
-COMPILER = [sys.executable, "-m", "ziglang", "c++"]
-FLAGS = (
-    "-std=c++17 -O2 -march=native -shared -fPIC -nostdinc++ -fno-exceptions -fno-rtti -ffp-contract=off "
-    "-fno-sanitize=all "
-    "-Xclang -ffloat16-excess-precision=none -Xclang -fbfloat16-excess-precision=none "
-    "-Xclang -cl-single-precision-constant -w -Werror=double-promotion -Werror=vla -Werror=return-type"
-).split()
-ATTRS = {
-    "dispatch_threads_per_threadgroup": "t.dtg", "grid_size": "t.grid", "simdgroup_index_in_threadgroup": "t.sg",
-    "simdgroups_per_threadgroup": "t.nsg", "thread_execution_width": "32", "thread_index_in_simdgroup": "t.lane",
-    "thread_index_in_threadgroup": "t.lin", "thread_position_in_grid": "t.pos",
-    "thread_position_in_threadgroup": "t.ptg", "threadgroup_position_in_grid": "t.tg",
-    "threadgroups_per_grid": "(t.grid+t.dtg-1)/t.dtg", "threads_per_grid": "t.grid", "threads_per_simdgroup": "32",
-    "threads_per_threadgroup": "t.tgs",
-}  # fmt: skip
-order = 0
+from mlx_diffgemma.mlx_backend.kernels.launch import Kernel
+
+from .compile import Compiled, compiled, engine
+from .text import Generated, generated
+
+MOST_THREADS = 1024
+INPUT, POISONED, FILLED = range(3)  # kinds of buffers
+REASON_BYTES = 512
+_order = 0
+_running = threading.Lock()  # the engine runs one kernel at a time
+
+
+class Fault(RuntimeError):
+    """The kernel did what it must not do."""
+
+
+class Buffer(ctypes.Structure):
+    """``MetalCpuBuffer`` of engine.cpp."""
+
+    _fields_ = (("bytes", ctypes.c_void_p), ("size", ctypes.c_size_t), ("kind", ctypes.c_int))
 
 
 @contextmanager
-def thread_order(seed: int):
-    """Within, simdgroups and their lanes run in an order shuffled by ``seed``; 0 is ascending."""
-    global order
-    before, order = order, seed
+def thread_order(seed: int) -> Iterator[None]:
+    """Within, threadgroups, simdgroups and lanes run in another order: 0 ascending, 1 descending, else shuffled.
+
+    The seed also chooses the byte that memory nobody wrote is filled with, so that what depends on it changes, too.
+    """
+    global _order
+    before, _order = _order, seed
     try:
         yield
     finally:
-        order = before
+        _order = before
 
 
-def traced(kernel, inputs, arguments):
-    """MLX's own text, grid, threadgroup of one call."""
-    found = []
-
-    def callback(node):
-        if node.get("name") == "CustomKernel":
-            found.append(node)
-
-    mx.export_function(callback, lambda *xs: kernel.made(inputs=list(xs), **arguments), *inputs)
-    return found[0]["arguments"]
+def poison(order: int) -> int:
+    """0xFF makes every float a NaN; the others are large or tiny numbers."""
+    return 0xFF ^ (order * 0x25 & 0x7F)
 
 
-_loaded = {}
+def emulate(kernel: Kernel, inputs: list[mx.array], arguments: Mapping[str, Any]) -> list[mx.array]:
+    """The outputs of ``kernel``; ``arguments`` are those of MLX's call. Raises ``Fault`` or ``compile.NotMetal``."""
+    made = generated(kernel, inputs, arguments)
+    check_sizes(kernel.name, made)
+    program = compiled(made.text)
+    arrays = dict(zip(kernel.inputs, readable(inputs), strict=True))
+    kinds = dict.fromkeys(arrays, INPUT)
+    for name, shape, dtype in zip(kernel.outputs, arguments["output_shapes"], arguments["output_dtypes"], strict=True):
+        arrays[name], kinds[name] = unwritten(shape, dtype, arguments.get("init_value"))
+    for name in program.buffers:
+        if name not in arrays:
+            arrays[name], kinds[name] = described(name, dict(zip(kernel.inputs, inputs, strict=True))), INPUT
+    launch(kernel.name, made, program, arrays, kinds)
+    return [
+        finished(arrays[name], dtype) for name, dtype in zip(kernel.outputs, arguments["output_dtypes"], strict=True)
+    ]
 
 
-def build(text):
-    name = re.search(r"\[\[kernel\]\] void (\w+)\(\n(.*?)\) \{\n", text, re.S)
-    params = [p.strip() for p in name.group(2).split(",\n")]
-    args, buffers = [], []
-    for p in params:
-        m = re.fullmatch(r"(.*?)([*&]) (\w+) \[\[buffer\(\d+\)\]\]", p)
-        if m:
-            args.append(f"{'*' if m.group(2) == '&' else ''}({m.group(1)}*)b[{len(buffers)}]")
-            buffers.append(m.group(3))
-        else:
-            args.append(ATTRS[re.search(r"\[\[(\w+)\]\]", p).group(1)])
-    inst = re.search(r"decltype\((.*)\) ", text)
-    inst = inst.group(1) if inst else name.group(1)
-    body = re.sub(r"\ntemplate \[\[host_name.*", "", text, flags=re.S)
-    body = re.sub(r"\[\[[^\]]*\]\]", "", body)
-    body = re.sub(
-        r"\bthreadgroup\s+([\w:<>, ]+?)\s+(\w+)\s*((?:\[[^;\]]*\]\s*)*);",
-        r"static threadgroup \1 \2 \3; msl_rt::tg_mem(\2);",
-        body,
-    )
-    cpp = (
-        f'#include "{HEADER}"\n#line 1 "kernel.metal"\n{body}\n#undef throw\n'
-        'extern "C" int msl_launch(void** u, const size_t* s, int ni, int nb, const uint* g, const uint* t, uint seed, char* e)\n'
-        f"{{ return msl_rt::launch(+[](void** b, const msl_rt::Tid& t) {{ {inst}({', '.join(args)}); }}, u, s, ni, nb, g, t, seed, e); }}\n"
-    )
-    key = hashlib.sha256((cpp + HEADER.read_text() + " ".join(FLAGS)).encode()).hexdigest()[:20]
-    if key not in _loaded:
-        BUILD.mkdir(parents=True, exist_ok=True)
-        lib = BUILD / f"{key}.so"
-        if not lib.exists():
-            src = BUILD / f"{key}.{os.getpid()}.cpp"
-            src.write_text(cpp)
-            out = BUILD / f"{key}.{os.getpid()}.so"
-            r = subprocess.run([*COMPILER, *FLAGS, str(src), "-o", str(out)], capture_output=True, text=True, env={**os.environ, "LD_PRELOAD": ""})
-            if r.returncode:
-                raise RuntimeError("compile failed\n" + r.stderr[:3000])
-            out.rename(lib)
-        _loaded[key] = ctypes.CDLL(str(lib)).msl_launch
-    return _loaded[key], buffers
+def check_sizes(name: str, made: Generated) -> None:
+    threads = math.prod(min(most, n) for most, n in zip(made.threadgroup, made.grid, strict=True))
+    if min(made.grid + made.threadgroup) < 1:
+        raise Fault(f"{name}: nothing to run over grid {made.grid} in threadgroups of {made.threadgroup}")
+    if threads > MOST_THREADS:
+        raise Fault(f"{name}: {threads} threads in a threadgroup, more than {MOST_THREADS}")
 
 
-def emulate(kernel, inputs, arguments):
-    """One call of a kernel, as ``launch.running_on`` wants it."""
-    mx.eval(inputs)
-    name, text, gx, gy, gz, tx, ty, tz, *_ = traced(kernel, inputs, arguments)
-    assert tx * ty * tz <= 1024
-    fn, buffers = build(text)
-    given = dict(zip(kernel.inputs, inputs, strict=True))
-    outs, arrays = [], []
-    for b in buffers:
-        if b in given:
-            a = mx.contiguous(given[b])
-            arrays.append(np.ascontiguousarray(np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)))
-        elif b in kernel.outputs:
-            i = kernel.outputs.index(b)
-            shape, dtype = arguments["output_shapes"][i], arguments["output_dtypes"][i]
-            o = mx.zeros(shape, dtype)
-            o = np.array(o.view(mx.uint16) if dtype == mx.bfloat16 else o)
-            o.view(np.uint8).reshape(-1)[:] = 0xFF if dtype != mx.bool_ else 1
-            arrays.append(o)
-            outs.append((i, o, dtype))
-        else:
-            which, what = b.rsplit("_", 1)
-            a = given[which]
-            strides = [int(np.prod(a.shape[i + 1 :])) for i in range(a.ndim)]
-            arrays.append(
-                {"shape": np.array(a.shape, np.int32), "strides": np.array(strides, np.int64), "ndim": np.array([a.ndim], np.int32)}[what]
-            )
-    n, error, u3 = len(arrays), ctypes.create_string_buffer(512), ctypes.c_uint * 3
-    rc = fn(
-        (ctypes.c_void_p * n)(*[a.ctypes.data for a in arrays]), (ctypes.c_size_t * n)(*[a.nbytes for a in arrays]),
-        n - len(outs), n, u3(gx, gy, gz), u3(tx, ty, tz), ctypes.c_uint(order), error,
-    )  # fmt: skip
-    if rc:
-        raise RuntimeError(f"{kernel.name}: {error.value.decode()}")
-    return [mx.array(o).view(mx.bfloat16) if d == mx.bfloat16 else mx.array(o) for _, o, d in sorted(outs, key=lambda x: x[0])]
+def readable(inputs: list[mx.array]) -> list[np.ndarray]:
+    """Row-contiguous, as MLX makes them; bfloat16, which NumPy lacks, as its bits."""
+    rows = [mx.contiguous(x) for x in inputs]
+    rows = [x.view(mx.uint16) if x.dtype == mx.bfloat16 and x.size else x for x in rows]
+    mx.eval(rows)
+    return [np.array(x, copy=False) if x.size else np.empty(0, np.uint8) for x in rows]
+
+
+def unwritten(shape: tuple[int, ...], dtype: mx.Dtype, initial: float | None) -> tuple[np.ndarray, int]:
+    """An output as the kernel finds it, and the kind of its buffer."""
+    stored = mx.uint16 if dtype == mx.bfloat16 else dtype
+    out = np.empty(shape, str(stored).rpartition(".")[2].removesuffix("_"))
+    if initial is not None:
+        filled = mx.full(shape, initial, dtype)
+        out[...] = np.array(filled.view(mx.uint16) if dtype == mx.bfloat16 and filled.size else filled)
+        return out, FILLED
+    if dtype == mx.bool_:  # other bytes than 0 and 1 are no bool
+        out[...] = _order % 2 == 0
+        return out, FILLED
+    return out, POISONED
+
+
+def described(name: str, inputs: Mapping[str, mx.array]) -> np.ndarray:
+    """``x_shape``, ``x_strides`` or ``x_ndim`` of a row-contiguous input."""
+    which, _, what = name.rpartition("_")
+    if which not in inputs or what not in ("shape", "strides", "ndim"):
+        raise Fault(f"unknown buffer: {name}")
+    shape = inputs[which].shape
+    if what == "strides":
+        return np.array([math.prod(shape[axis + 1 :]) for axis in range(len(shape))], np.int64)
+    return np.array(shape if what == "shape" else len(shape), np.int32)
+
+
+def launch(name: str, made: Generated, program: Compiled, arrays: dict[str, np.ndarray], kinds: dict[str, int]) -> None:
+    """Run it; outputs are written in place."""
+    buffers = [Buffer(arrays[b].ctypes.data, arrays[b].nbytes, kinds[b]) for b in program.buffers]
+    reason = ctypes.create_string_buffer(REASON_BYTES)
+    three = ctypes.c_uint * 3
+    with _running:
+        failed = engine().metal_cpu_launch(
+            ctypes.c_void_p(program.body), (Buffer * len(buffers))(*buffers), len(buffers),
+            three(*made.grid), three(*made.threadgroup), ctypes.c_uint(_order), poison(_order), reason,
+        )  # fmt: skip
+    if failed:
+        what = re.sub(r"\bbuffer (\d+)\b", lambda n: f"{program.buffers[int(n[1])]}", reason.value.decode())
+        raise Fault(f"{name}: {what}")
+
+
+def finished(x: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    if not x.size:
+        return mx.zeros(x.shape, dtype)
+    out = mx.array(x)
+    return out.view(mx.bfloat16) if dtype == mx.bfloat16 else out

@@ -37,6 +37,8 @@ def test_a_pair_is_measured_and_meets_its_goal(record: dict, name: str):
     ratios = sorted(one["ours"] / one["peer"] for one in pair["rounds"])
     assert ratios[0] == pair["ratio"]["min"] and ratios[-1] == pair["ratio"]["max"]
     assert pair["goal"] == PAIRS[name].goal
+    assert pair["first_draft_goal"] == PAIRS[name].first_draft
+    assert pair["first_draft"]["ours"]["share"] <= (pair["first_draft_goal"] or 1)
     assert pair["ratio"]["median"] <= pair["goal"] and pair["met"]
     for side in ("ours", "peer"):
         assert {"python", "numpy"} < pair["versions"][side].keys()

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = {"mlx_diffgemma", "cuda_backend", "convert"}
 FILES = {
     "cuda_backend/kernels/proven.json",
+    "mlx_diffgemma/mlx_backend/kernels/proven.json",
     "mlx_diffgemma/py.typed",
     "mlx_diffgemma/fixtures/diffusiongemma-26B-A4B-it.json",
     "mlx_diffgemma/demo_checkpoint/config.json",

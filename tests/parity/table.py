@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 REPORT = Path(__file__).parents[2] / "build" / "parity"
+NO_CHIP = ("cpu-emulated", "metal-vm")
 TABLES = {  # the key of a case, what it is compared with, and by whom
     "case": ("max |difference| of logits to transformers, fp32", ("reference", "mlx", "cpu")),
     "format": (
@@ -35,17 +36,29 @@ def table(found: list[dict], key: str, models: tuple[str, ...]) -> str:
 
 def kernels(found: list[dict]) -> str:
     """What was shown of the Triton kernels without a GPU: in which dtypes interpreted, and compiled for which cards."""
-    dtypes, shared = defaultdict(set), defaultdict(dict)
+    shared = defaultdict(dict)
     for entry in found:
-        if entry.get("what") == "interpreted":
-            dtypes[entry["kernel"]].add(entry["dtype"])
-        elif entry.get("what") == "compiled":
+        if entry.get("what") == "compiled":
             shared[entry["file"]][entry["sm"]] = f"sm_{entry['sm']} {entry['shared'] / 1024:.0f} KiB"
-    lines = [f"  interpreted  {kernel:18}{', '.join(sorted(names))}" for kernel, names in sorted(dtypes.items())]
-    lines += [
-        f"  compiled     {file:18}{', '.join(cards[sm] for sm in sorted(cards))}" for file, cards in shared.items()
-    ]
-    return "\n".join(lines)
+    compiled = [line("compiled", file, [cards[sm] for sm in sorted(cards)]) for file, cards in shared.items()]
+    return "\n".join([*by_kernel(found, "interpreted"), *compiled])
+
+
+def metal(found: list[dict]) -> str:
+    """In which dtypes the Metal kernels ran, and on what stood for a Mac's GPU."""
+    return "\n".join(text for what in NO_CHIP for text in by_kernel(found, what))
+
+
+def by_kernel(found: list[dict], what: str) -> list[str]:
+    dtypes = defaultdict(set)
+    for entry in found:
+        if entry.get("what") == what:
+            dtypes[entry["kernel"]].add(entry["dtype"])
+    return [line(what, kernel, sorted(names)) for kernel, names in sorted(dtypes.items())]
+
+
+def line(what: str, name: str, shown: list[str]) -> str:
+    return f"  {what:14}{name:18}{', '.join(shown)}"
 
 
 def main() -> None:
@@ -55,8 +68,10 @@ def main() -> None:
         print(table([entry for entry in found if key in entry and "difference" in entry], key, models))
     print("Triton kernels, none of them on a GPU; the most shared memory of a file's kernels, per card")
     print(kernels(found))
+    print("Metal kernels, none of them on a chip")
+    print(metal(found))
     for entry in found:
-        if "difference" not in entry and entry.get("what") not in ("interpreted", "compiled"):
+        if "difference" not in entry and entry.get("what") not in ("interpreted", "compiled", *NO_CHIP):
             name = entry.pop("test")
             print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in entry.items()))
 

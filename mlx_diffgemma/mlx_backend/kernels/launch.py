@@ -54,6 +54,11 @@ class Kernel:
         return self.made(inputs=list(inputs), **named)
 
 
+def emulated() -> bool:
+    """Whether something stands for the GPU."""
+    return _runner is not None
+
+
 def available() -> bool:
     """Whether kernels can run here: on a Metal GPU, or on what stands for it."""
     return _runner is not None or mx.metal.is_available()

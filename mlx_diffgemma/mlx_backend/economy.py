@@ -1,0 +1,106 @@
+"""What a step may leave out, decided on the host from what the steps before have shown. Nothing, unless asked for.
+
+``self_conditioning="survivors"``: the soft embedding is gathered from the tokens that matter, but for flat rows. How
+many rows were flat tells how many the next step makes densely; a wrong guess costs time, not exactness.
+
+``tail="hold"``: behind the end of the text the canvas is filled with more ends and padding, which nobody sees. Once
+such a tail has not changed for ``STILL`` steps, was accepted throughout and is sure of itself, it is left out of the
+head: its tokens, entropies and soft embedding stay as they are, the visible part is computed as ever. It comes back as
+soon as the end of the text is no longer seen before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..backend import CanvasSpec, CanvasView, given
+from ..config import UNSET
+
+STILL = 2  # equal views in a row
+SURE = 1e-3  # nats of entropy, at most
+PARTS = 8  # of a canvas; the head covers some of them, so that few graphs serve all cases
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How one step is computed; static in its graph.
+
+    Args:
+        rows: the head covers positions below it; ``None`` is all.
+        dense_rows: see ``vocabulary.read_canvas``; ``None`` is all.
+    """
+
+    rows: int | None = None
+    dense_rows: int | None = None
+
+
+@dataclass
+class Economy:
+    """Of one block: what it has seen, and what the next step may leave out.
+
+    Args:
+        ends: per row, the ids that end a text.
+        clamped: bool [B, C], positions that are given: they cannot move.
+        same: int [B, C], for how many views each position was sure, accepted and unchanged.
+    """
+
+    length: int
+    ends: list[frozenset[int]]
+    clamped: np.ndarray
+    survivors: bool
+    hold: bool
+    same: np.ndarray
+    last: CanvasView | None = None
+    flat: int | None = None
+
+    @classmethod
+    def of(cls, specs: Sequence[CanvasSpec], length: int, *, survivors: bool, hold: bool) -> Economy:
+        ends = [frozenset(spec.settings.eos_token_ids) for spec in specs]
+        free = np.full(length, UNSET)
+        clamped = np.stack([given(spec.masks.clamp, free) != UNSET for spec in specs])
+        return cls(length, ends, clamped, survivors, hold, np.zeros((len(specs), length), int))
+
+    def learn(self, view: CanvasView, flat: int) -> None:
+        """From the view of the step that was read last."""
+        self.flat = flat
+        if self.hold:
+            calm = view.accepted & (view.canvas == view.argmax) & (view.entropy <= SURE)
+            if self.last is not None:
+                calm &= view.argmax == self.last.argmax
+            self.same = np.where(calm | self.clamped, self.same + 1, 0)
+            self.last = view
+
+    def saving(self) -> Saving:
+        head = self._head()
+        return Saving(head, self._dense_rows((head or self.length) * len(self.ends)))
+
+    def _dense_rows(self, rows: int) -> int | None:
+        """Of ``rows`` all, a quarter or none: at least as many as were flat when last seen."""
+        if not self.survivors:
+            return None
+        if self.flat is None or self.flat > rows // 4:
+            return rows
+        return rows // 4 if self.flat else 0
+
+    def _head(self) -> int | None:
+        """Positions that the head must cover, in whole parts of the canvas."""
+        if not self.hold or self.last is None:
+            return None
+        part = -(-self.length // PARTS)
+        needed = max(self._needed(row) for row in range(len(self.ends)))
+        head = -(-needed // part) * part
+        return head if head < self.length else None
+
+    def _needed(self, row: int) -> int:
+        """Of one row: up to the end of its text, and as far behind it as something still moves."""
+        assert self.last is not None
+        if self.last.done[row]:
+            return 1
+        ended = np.isin(self.last.argmax[row], list(self.ends[row]))
+        if not ended.any():
+            return self.length
+        moving = np.flatnonzero(self.same[row] < STILL)
+        return max(int(ended.argmax()), int(moving[-1]) if len(moving) else 0) + 1
