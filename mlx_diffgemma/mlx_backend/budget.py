@@ -15,6 +15,7 @@ from ..tensors import item_bytes
 from ..tools import plan_memory
 from ..tools.plan import packed
 from ..tools.work import Load
+from .kernels.choice import check
 from .linear import on_cpu
 
 TOKENS = 4096  # of one row, for which a model is planned when it is loaded
@@ -23,7 +24,12 @@ TOKENS = 4096  # of one row, for which a model is planned when it is loaded
 def plan(
     config: ModelConfig, stored: int, checkpoint: Checkpoint | None, *, device: str, options: LoadOptions
 ) -> MemoryPlan:
-    """See ``mlx_diffgemma.backend.Backend``. The vision tower is left out where it is known how large it is."""
+    """See ``mlx_diffgemma.backend.Backend``. The vision tower is left out where it is known how large it is.
+
+    Raises:
+        OptionError: kernels without a GPU, before anything is downloaded.
+    """
+    check(options.kernels)
     width = width_of(config, options.dtype or (checkpoint.dtype if checkpoint else None))
     load = Load(config, held(checkpoint) if checkpoint else {}, width=width)
     # "auto" may turn out to be plain operations, which take more.

@@ -18,13 +18,12 @@ from ..tensors import DECODER, encoder_scalar, layer_name
 from . import experts
 from .cache import MLXCache, plan_chunk, visible_slots
 from .kernels.attention import Visible
+from .kernels.logits import softcap
 from .kernels.moe import odds_of
 from .kernels.norm import AfterAttention, AfterExperts
 from .kernels.ops import PLAIN, Ops
 from .linear import Linear
 
-PRE_FEEDFORWARD = ("pre_feedforward_layernorm", "pre_feedforward_layernorm_2")
-POST_FEEDFORWARD = ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "post_feedforward_layernorm")
 Attention = Callable[[mx.array, mx.array, mx.array], mx.array]  # q, k, v, heads first -> [B, T, H d]
 Rotation = tuple[mx.array, mx.array]  # cos and sin, [B, 1, T, d / 2]
 
@@ -127,11 +126,23 @@ class Network:
     def joints(self) -> list[tuple[AfterAttention, AfterExperts, mx.array]]:
         """Of each layer the norms behind attention, those behind the experts, and that of the layer which follows."""
         found, names = [], [layer_name(i) for i in range(self.config.num_hidden_layers)]
-        for at, following in zip(names, [*(f"{name}.input_layernorm" for name in names[1:]), f"{DECODER}.norm"]):
-            middle = [f"{at}.{name}.weight" for name in ("post_attention_layernorm", *PRE_FEEDFORWARD)]
-            last = [f"{at}.{name}.weight" for name in POST_FEEDFORWARD]
-            after_attention = AfterAttention(*(self.weights[x] for x in middle), self.weights[f"{at}.router.scale"])
-            after_experts = AfterExperts(*(self.weights[x] for x in last))
+        followers = [*(f"{name}.input_layernorm" for name in names[1:]), f"{DECODER}.norm"]
+        for at, following in zip(names, followers, strict=True):
+
+            def weight(name: str, at: str = at) -> mx.array:
+                return self.weights[f"{at}.{name}"]
+
+            after_attention = AfterAttention(
+                post_attention=weight("post_attention_layernorm.weight"),
+                pre_feedforward=weight("pre_feedforward_layernorm.weight"),
+                pre_feedforward_2=weight("pre_feedforward_layernorm_2.weight"),
+                router=weight("router.scale"),
+            )
+            after_experts = AfterExperts(
+                dense=weight("post_feedforward_layernorm_1.weight"),
+                experts=weight("post_feedforward_layernorm_2.weight"),
+                both=weight("post_feedforward_layernorm.weight"),
+            )
             found.append((after_attention, after_experts, self.weights[f"{following}.weight"]))
         return found
 
@@ -193,7 +204,10 @@ class Network:
         return x if hidden else None
 
     def prefix(self, cache: MLXCache, canvas: int, *, rounded: bool = False) -> Prefix:
-        """What a canvas of ``canvas`` tokens behind each row of the cache sees of it; ``rounded``: see ``visible_slots``."""
+        """What canvases of ``canvas`` tokens see of the cache, each behind its row.
+
+        ``rounded``: the extent is rounded up, see ``visible_slots``.
+        """
         layers, window = cache.layers, self.config.window_keys
         capacity = {self.config.full(i): kept.capacity for i, kept in enumerate(layers)} if rounded else {}
         return Prefix(
@@ -237,7 +251,3 @@ class Network:
     def logits(self, hidden: mx.array) -> mx.array:
         """float32 [..., V]: the head in the model's dtype, then the softcap in float32."""
         return softcap(self.table.apply(hidden).astype(mx.float32), self.config.final_logit_softcapping)
-
-
-def softcap(raw: mx.array, cap: float | None) -> mx.array:
-    return raw if cap is None else mx.tanh(raw / cap) * cap

@@ -232,10 +232,18 @@ def _read(
         None if bias is None else first(bias, head, hidden.shape[1]),
         saving.dense_rows,
     )
-    old = (before.argmax, before.canvas, before.entropy, before.confidence, before.soft)
-    new = (read.argmax, read.drawn, read.entropy, read.confidence, read.soft)
-    joined = (mx.concatenate([mine, other[:, head:]], 1) for mine, other in zip(new, old, strict=True))
-    return Reading(*joined, read.flat)
+
+    def whole(new: mx.array, old: mx.array) -> mx.array:
+        return mx.concatenate([new, old[:, head:]], 1)
+
+    return Reading(
+        argmax=whole(read.argmax, before.argmax),
+        drawn=whole(read.drawn, before.canvas),
+        entropy=whole(read.entropy, before.entropy),
+        confidence=whole(read.confidence, before.confidence),
+        soft=whole(read.soft, before.soft),
+        flat=read.flat,
+    )
 
 
 def accept(entropy: mx.array, bound: mx.array, free: mx.array) -> mx.array:

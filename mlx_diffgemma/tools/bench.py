@@ -228,7 +228,7 @@ class Peer:
 
 def compared(peer: Peer, ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A peer's figures, and the ratio of speeds, ours by theirs, round by round: above 1 we are faster."""
-    names = [name for name in ("seconds", "first", "tokens", "tokens_per_second", "peak_memory", "steps")]
+    names = ("seconds", "first", "tokens", "tokens_per_second", "peak_memory", "steps")
     shown = [name for name in names if all(one.get(name) is not None for one in theirs)]
     ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(ours, theirs, strict=True) if b["tokens"]]
     return {

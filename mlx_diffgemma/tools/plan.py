@@ -21,6 +21,7 @@ from .work import Cost, Load
 
 PUBLISHED = Path(__file__).parents[1] / "fixtures" / "diffusiongemma-26B-A4B-it.json"
 NAME = "diffusiongemma-26B-A4B-it"
+ATTENTION = "canvas attention"  # whose kernel ``auto`` uses only where a rule says that it wins
 PROMPT = 4096  # tokens, unless told otherwise
 FREED = 2**30  # bytes of freed buffers that MLX keeps for the next allocation, at most (``mlx_backend.residency``)
 LIMIT = 18 * 10**9  # what the 4-bit 26B model may take at a prompt of 4,096 tokens
@@ -79,6 +80,7 @@ def record(about: Subject, load: Load, chip: Chip, here: int | None = None) -> d
     """
     plain, fused = work_ends.costs(load, False), work_ends.costs(load, True)
     level = work_ends.costs(replace(load, wide=True), False)
+    without = fused | {ATTENTION: plain[ATTENTION]}
     rows = [row(part, plain[part], fused[part], chip) for part in work_ends.PARTS]
     both = {name: sum(part[name]["milliseconds"] for part in rows) for name in ("plain", "fused")}
     target = {
@@ -87,6 +89,8 @@ def record(about: Subject, load: Load, chip: Chip, here: int | None = None) -> d
         "fused": work_ends.total(fused, work_ends.TARGET).nbytes,
         "less": less(plain, fused),
         "less_at_equal_slices": less(level, fused),
+        "less_with_plain_attention": less(plain, without),
+        "less_with_both": less(level, without),
     }
     return {
         "model": about.name,

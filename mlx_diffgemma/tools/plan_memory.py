@@ -61,11 +61,11 @@ def capacity(tokens: int, ring: int | None) -> int:
 def activations(load: Load, fused: bool, tokens: int) -> int:
     """The larger of a chunk of the prompt and a step, each with its widest part of a layer."""
     chunk = load.batch * min(tokens, CHUNK)
-    reading = _layer(load, fused, chunk, tokens) + _attention(load, fused, chunk, tokens, reading=True)
+    reading = _layer(load, fused, chunk) + _attention(load, fused, chunk, tokens, reading=True)
     step = load.rows
     own = step * (NOISE + 8 * load.config.canvas_length + 3 * load.width * load.text.hidden_size)
     canvas = tokens + load.config.canvas_length
-    return max(reading, _layer(load, fused, step, canvas) + _attention(load, fused, step, canvas, reading=False) + own)
+    return max(reading, _layer(load, fused, step) + _attention(load, fused, step, canvas, reading=False) + own)
 
 
 def logits(load: Load, fused: bool) -> int:
@@ -77,7 +77,7 @@ def logits(load: Load, fused: bool) -> int:
     return min(load.read_rows, max(1, SLICE_ELEMENTS // vocab)) * vocab * (2 * w + 5 * 4)
 
 
-def _layer(load: Load, fused: bool, rows: int, seen: int) -> int:
+def _layer(load: Load, fused: bool, rows: int) -> int:
     """Around the attention, the dense MLP or the experts, for ``rows`` tokens."""
     text, w = load.text, load.width
     hidden, wide = text.hidden_size, text.moe_intermediate_size
@@ -89,15 +89,15 @@ def _layer(load: Load, fused: bool, rows: int, seen: int) -> int:
 
 
 def _attention(load: Load, fused: bool, rows: int, seen: int, *, reading: bool) -> int:
-    """Heads as projected, widened, normed and turned; scores and their softmax, which the kernel does not keep; while
-    reading, a sliding layer joins its window and the chunk."""
+    """Heads as projected, widened, normed and turned; scores, joined ones and their softmax, which the kernel does not
+    keep; while reading, a sliding layer joins its window and the chunk."""
     text, w, most = load.text, load.width, 0
     for layer, (heads, dim) in enumerate(zip(text.num_key_value_heads, text.head_dims, strict=True)):
         queries, keys = text.num_attention_heads * dim, heads * dim
         per_row = (queries + 2 * keys) * (2 * w if fused else 4 * w + 2 * 4)
         own = rows // load.batch
         span = seen if text.full(layer) else min(seen, text.window_keys + own)
-        scores = 0 if fused and not reading else rows * text.num_attention_heads * span * (2 * w + 1)
+        scores = 0 if fused and not reading else rows * text.num_attention_heads * span * (3 * w + 1)
         joined = 2 * load.batch * span * keys * w if reading else 0
         most = max(most, rows * per_row + scores + joined)
     return most

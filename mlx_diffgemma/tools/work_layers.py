@@ -59,8 +59,8 @@ def norms(load: Load, layer: int, fused: bool) -> Cost:
 
     Plain: sums are one pass with the rounding before and the widening behind them. Behind attention: widened, normed,
     added to the stream, normed three times (the router's without a weight), rounded twice, and scaled for the router.
-    Behind the experts: both widened and normed, added, normed, added to the stream and scaled, normed for the next layer
-    (or as the last norm), rounded. The kernels read two arrays and write four, then read three and write two.
+    Behind the experts: both widened and normed, added, normed, added to the stream and scaled, normed for what
+    follows, rounded. The kernels read two arrays and write four, then read three and write two.
     """
     w, elements, one = load.width, load.rows * load.text.hidden_size, 2 * 4
     first = passes(elements if layer == 0 else 0, norm(load))

@@ -20,6 +20,7 @@ from tests.metal_kernels.prompts import prompts
 
 assert folder  # a fixture
 C, END = 16, 5
+FREE = Masks()
 SETTINGS = GenerationConfig(eos_token_ids=(END,))
 
 
@@ -31,7 +32,7 @@ def view(argmax, entropy=0.0, canvas=None, accepted=True, done=False) -> CanvasV
     return CanvasView(canvas, argmax, accepted, entropy, entropy, np.full(shape[0], done), np.full(shape[0], 1))
 
 
-def economy(rows: int = 1, masks: Masks = Masks(), **options) -> Economy:
+def economy(rows: int = 1, masks: Masks = FREE, **options) -> Economy:
     options = {"survivors": False, "hold": False} | options
     return Economy.of([CanvasSpec(SETTINGS, seed=1, masks=masks)] * rows, C, **options)
 

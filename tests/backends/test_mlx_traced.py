@@ -23,6 +23,7 @@ from tests import tiny
 from tests.backends.test_mlx_step import SETTINGS, draw_ids
 from tests.conftest import load_model
 
+WHOLE = Saving()
 VIEWS = {"Slice", "Transpose", "Reshape", "ExpandDims", "Squeeze", "AsStrided", "Flatten", "Unflatten", "Broadcast"}
 READERS = {"Matmul", "AddMM", "CustomKernel"}
 
@@ -53,15 +54,13 @@ class Graph:
         return found
 
 
-def traced(ops, *, rows: int = 1, saving: Saving = Saving(), rounded: bool = True, first: bool = False) -> tuple:
+def traced(ops, *, rows: int = 1, saving: Saving = WHOLE, rounded: bool = True) -> tuple:
     """The graph of a step behind ragged rows, and the names of the prefix's buffers in it."""
     plain = load_model(tiny.checkpoint(), "mlx", "float32")
     model = MLXModel(plain.config, plain.network, plain.weights)
     lengths = np.array([70, 33])[:rows]
     cache = model.encode(draw_ids(0, rows, 70), lengths=lengths)
-    state = model.begin(cache, [CanvasSpec(SETTINGS, seed=1)] * rows)
-    if not first:
-        state = model.step(state)
+    state = model.step(model.begin(cache, [CanvasSpec(SETTINGS, seed=1)] * rows))
     network = Network(plain.config.text, plain.weights.matrices, plain.weights.arrays, mx.float32, ops)
     prefix = network.prefix(cache, model.config.canvas_length, rounded=rounded)
     leaves: list[mx.array] = []

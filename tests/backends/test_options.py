@@ -13,7 +13,7 @@ import mlx_diffgemma as m
 from convert.command import main as convert
 from cuda_backend.kernels import jit
 from cuda_backend.linear import takes_fp8
-from mlx_diffgemma import api
+from mlx_diffgemma import api, mlx_backend
 from mlx_diffgemma.backend import CanvasSpec, LoadOptions
 from mlx_diffgemma.commands import generate
 from mlx_diffgemma.config import GenerationConfig
@@ -82,7 +82,7 @@ def test_unknown_values_are_refused_before_anything_is_opened(backend, option):
 
 
 def test_kernels_need_a_mac(monkeypatch):
-    monkeypatch.setattr(api, "open_checkpoint", None)
+    monkeypatch.setattr(mlx_backend, "read_weights", None)
     with pytest.raises(OptionError, match=r"kernels='fused': kernels need a Mac's GPU.*kernels='ops'"):
         m.load("demo", backend="mlx", kernels="fused")
 

@@ -10,7 +10,8 @@ What it proves, of the very text that Metal would get:
 - that no buffer and no threadgroup variable is left: each ends where memory that cannot be touched begins. What starts
   at a multiple of 16 bytes may end up to 15 bytes before that; writes there are found, reads yield poison;
 - that nothing is read or returned that nobody wrote: it is filled with poison, another one for every thread order;
-- that the result does not depend on the order of threadgroups, simdgroups and lanes between two points where they wait;
+- that the result does not depend on the order of threadgroups, simdgroups and lanes between two points where they wait
+  (each runs from one such point to the next undisturbed);
 - that all threads reach the same barriers and operations of a simdgroup (Metal lets lanes be absent, this does not);
 - limits: 1024 threads and 32 KiB of memory per threadgroup, 31 buffers; and that pointers keep to their address
   space, unless the text has structs of its own.

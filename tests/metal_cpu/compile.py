@@ -14,6 +14,7 @@ import platform
 import re
 import shlex
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +26,12 @@ FLAGS = "-std=c++17 -O2 -shared -fPIC -nostdinc++ -fno-exceptions -fno-rtti -fno
 # that loses numbers below 1e-38.
 PROCESSOR = ["-mavx2", "-mfma", "-mf16c"] if platform.machine() == "x86_64" else []
 # Every operation on half and bfloat is rounded, and no product is fused with a sum: what Metal's safe mode promises.
-# A promotion to double would be arithmetic that Metal does not have.
+# Variables of a thread that nobody set are NaN. Calls at which threads wait for each other are not doubled: the engine
+# tells places in the code apart by them.
 METAL_FLAGS = (
     "-ffp-contract=off -Xclang -ffloat16-excess-precision=none -Xclang -fbfloat16-excess-precision=none "
-    "-w -Werror=double-promotion -Werror=vla -Werror=vla-cxx-extension -Werror=return-type"
+    "-ftrivial-auto-var-init=pattern -fconvergent-functions "
+    "-Wno-everything -Werror=uninitialized -Werror=vla -Werror=vla-cxx-extension -Werror=return-type"
 ).split()
 MOST = "t.most_threads.x * t.most_threads.y * t.most_threads.z"  # threads of a threadgroup that is not cut off
 # what MLX passes a kernel on when its source names it, and where the engine has it
@@ -119,8 +122,10 @@ def translated(text: str) -> str:
     # the instance is made by the call instead: clang takes no attributes at this place
     text = re.sub(r"^template \[\[host_name.*", "", text, flags=re.M)
     # a literal without a suffix is a float in Metal
-    number = r"(?<![\w.])((?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+)(?![\w.])"
-    text = re.sub(number, r"\1f", text)
+    number = r"(?<![\w.])((?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+)"
+    if long := re.search(number + r"[lL]\b", text):
+        raise NotMetal(f"Metal has no double, nor anything longer: {long[0]}")
+    text = re.sub(number + r"(?![\w.])", r"\1f", text)
     return f'#include <metal_stdlib>\n#line 1 "kernel.metal"\n{shared_variables(text)}\n'
 
 
@@ -178,21 +183,18 @@ def plain_environment() -> dict[str, str]:
 
 
 def build(source: str, flags: list[str]) -> Path:
-    """The shared library of ``source``. Processes may build the same at once: each moves its own file into place."""
+    """The shared library of ``source``. Several may build the same at once: each moves a file of its own into place."""
     key = hashlib.sha256("\0".join([source, *PROCESSOR, *FLAGS, *flags]).encode() + surroundings()).hexdigest()[:24]
     library = BUILD / f"{key}.so"
     if library.exists():
         return library
     BUILD.mkdir(parents=True, exist_ok=True)
-    code, made = BUILD / f"{key}.{os.getpid()}.cpp", BUILD / f"{key}.{os.getpid()}.so"
-    try:
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        code, made = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
         code.write_text(source)
         command = [*compiler(), *flags, *PROCESSOR, *FLAGS, str(code), "-o", str(made)]
-        ran = subprocess.run(command, capture_output=True, text=True, env=plain_environment(), cwd=BUILD)
+        ran = subprocess.run(command, capture_output=True, text=True, env=plain_environment(), cwd=folder)
         if ran.returncode:
             raise NotMetal(f"clang refuses the text:\n{ran.stderr[:4000]}")
         made.rename(library)
-    finally:
-        code.unlink(missing_ok=True)
-        made.unlink(missing_ok=True)
     return library

@@ -60,11 +60,15 @@ def test_poison_is_kept_apart_from_values():
     assert np.isnan(run("if (i > 4) o[i] = 1;")).sum() == 5
     assert results("if (i > 4) o[i] = true;", out=((64,), mx.bool_)) > 1
     assert results("if (i > 4) o[i] = 1;", out=((64,), mx.uint8)) > 1
+    # nor is a variable of a thread zero, where the compiler cannot tell that nobody set it
+    assert np.isnan(run("float x[64]; if (i < 60) x[i] = 1; o[i] = x[i];")[60:]).all()
     # threadgroup memory does not keep what the threadgroup before it wrote
     source = "threadgroup float x[32]; if (i < 32) x[i] = 7; o[i] = x[thread_index_in_threadgroup];"
     assert np.isnan(run(source, threads=32, out=((64,), mx.float32), grid=(64, 1, 1))[32:]).all()
 
 
+# functions in which threads wait
+HEADER = f"METAL_FUNC float total(float x) {{ return simd_sum(x); }}\nMETAL_FUNC void wait() {{ {BARRIER} }}\n"
 FAULTS = {
     "o[i] = a[i + 64];": r"out-of-bounds access of a at byte \d+ ",
     "o[i] = a[int(i) - 1025];": r"out-of-bounds access of a at byte -\d+ ",
@@ -79,6 +83,8 @@ FAULTS = {
     "float s = 0; if (i % 2) s = simd_sum(a[i]); else s = simd_max(a[i]); o[i] = s;": "divergent operation",
     "for (uint n = 0; n < i % 3; n++) o[i] = simd_sum(a[i]);": "divergent operation",
     "if (i == 7) return; o[i] = simd_sum(a[i]);": "divergent operation",
+    "float s; if (i % 2) s = total(a[i]); else s = total(a[i] * 2); o[i] = s;": "divergent operation",
+    "if (i < 32) wait(); else wait(); o[i] = 0;": "wait at different barriers",
     "if (i < 9) simdgroup_barrier(mem_flags::mem_none); o[i] = 0;": "divergent operation",
     f"if (i < 32) {BARRIER} o[i] = a[i];": "a barrier is not reached by all threads",
     f"if (i == 5) return; {BARRIER} o[i] = a[i];": "a barrier is not reached by all threads",
@@ -92,7 +98,7 @@ FAULTS = {
 @pytest.mark.parametrize("source", FAULTS)
 def test_the_kernel_is_stopped(source, order):
     with pytest.raises(Fault, match=FAULTS[source]) as caught:
-        run(source, floats(64), order=order)
+        run(source, floats(64), order=order, header=HEADER)
     assert "[threadgroup 0,0,0 thread" in str(caught.value) or "next to o" in str(caught.value)
     # and the next kernel runs as if nothing had been
     assert run("o[i] = simd_sum(a[i]);", mx.ones((64,)), order=order).tolist() == [32.0] * 64
@@ -103,6 +109,12 @@ def test_the_last_bytes_before_a_guard_are_poison():
     assert results("o[i] = a[i];", floats(63)) > 1
     with pytest.raises(Fault, match="write next to o"):
         run("o[i] = a[i];", floats(64), out=((63,), mx.float32))
+
+
+def test_all_of_threadgroup_memory_can_be_had_by_every_threadgroup():
+    source = f"threadgroup float x[8000]; threadgroup half y[384]; x[i % 64] = a[i]; y[i % 64] = 1; {BARRIER}"
+    found = run(source + "o[i] = x[i % 64 ^ 1] + y[0];", floats(192), grid=(192, 1, 1), out=((192,), mx.float32))
+    assert np.array_equal(found, np.array(floats(192)).reshape(96, 2)[:, ::-1].ravel() + 1)
 
 
 def test_a_matrix_needs_a_whole_simdgroup():
@@ -138,7 +150,8 @@ def test_too_many_threads():
         ("o[i] = float4(a[i], a[i], a[i]).x;", "exactly as many elements"),
         ("a[i] = 0;", "read-only"),
         ("float x[a_ndim]; o[i] = x[0];", "variable length"),
-        ("auto x = a[i] * 1.0L; o[i] = x;", "increases floating-point precision"),
+        ("auto x = a[i] * 1.0L; o[i] = x;", "no double"),
+        ("float x; o[i] = x + a[i];", "uninitialized"),
         ("o[i] = i", "expected ';'"),
     ],
 )  # fmt: skip

@@ -17,7 +17,7 @@ NAMES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"}
 @pytest.mark.parametrize("place", ["device", "threadgroup"])
 @pytest.mark.parametrize(("into", "out"), [(0, 0), (1, 0), (0, 1), (1, 1)])
 def test_load_and_store(dtype, place, into, out, order):
-    """The block at row 2, column 3 of rows of 13 goes to row 1, column 4 of rows of 12, transposed once, twice or not."""
+    """A block at row 2, column 3 of rows of 13 goes to row 1, column 4 of rows of 12, transposed or not at each end."""
     x = floats(13 * 13, dtype)
     source = f"""
     simdgroup_matrix<T, 8, 8> m;

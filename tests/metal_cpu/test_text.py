@@ -57,8 +57,14 @@ def test_it_is_what_mlx_prints(example):
 
 
 def test_the_compiler_is_given_that_text(example, monkeypatch):
-    given = []
-    monkeypatch.setattr(runner, "compiled", lambda text, really=runner.compiled: given.append(text) or really(text))
+    given: list[str] = []
+    compiled = runner.compiled
+
+    def noted(text: str):
+        given.append(text)
+        return compiled(text)
+
+    monkeypatch.setattr(runner, "compiled", noted)
     o, p = runner.emulate(example["KERNEL"], example["INPUTS"], example["ARGUMENTS"])
     assert given == [generated(example["KERNEL"], example["INPUTS"], example["ARGUMENTS"]).text]
     # a_strides[0] + b_ndim is 4: the threads before it write

@@ -126,6 +126,24 @@ def test_barriers_within_a_simdgroup(order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_branches_around_an_operation_do_not_take_it_apart(order):
+    """A compiler for one thread would make two paths of it, each with a call of its own."""
+    source = """
+    float x = 3;
+    const bool odd = a[i] > 0;
+    if (odd) {
+        o[i] = 1;
+        for (int n = 0; n < a_shape[0] / 64; n++) x += metal::exp(a[i] + n);
+    }
+    x = simd_shuffle_xor(x, 0);
+    if (odd) o[i] += x; else o[i] = -x;
+    """
+    x = floats(64)
+    wide = np.array(x)
+    assert np.allclose(run(source, x, order=order), np.where(wide > 0, np.exp(wide) + 4, -3), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_threads_may_end_early_where_nobody_waits(order):
     found = run("if (i >= 50) return; o[i] = 2;", threads=64, order=order, out=((50,), mx.float32))
     assert (found == 2).all()

@@ -16,8 +16,8 @@ from tests.metal_kernels.harness import in_every_order, random, wide
 ROUNDING = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}  # of one number, relative
 DTYPES = tuple(ROUNDING)
 ALMOST = 1 - 2**-24
-# One simdgroup; rows that no vector load fits; several spans each, the last one short; the demo's width
-SIZES = [(3, 128), (2, 299), (4, 3004), (2, 9001)]
+# Rows, ids, classes of a bias: one simdgroup; rows that no vector load fits; several spans each, the last one short
+SIZES = [(3, 128, 0), (2, 299, 3), (4, 3004, 3), (2, 9001, 0)]
 # Through tanh, a product and a quotient y is off by a few 2^-24 of 75, so an odd by as much: 8 * 75 / 2^24 < 4e-5.
 OFF = 4e-5
 
@@ -110,10 +110,10 @@ def check_listed(found: Seen, near: np.ndarray, keep: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("classes", [0, 3])
 @pytest.mark.parametrize("size", SIZES)
-def test_against_float64(size, classes, dtype, place, proof):
-    given, uniform = case(*size, dtype, classes=classes), uniforms(size[0])
+def test_against_float64(size, dtype, place, proof):
+    *shape, classes = size
+    given, uniform = case(*shape, dtype, classes=classes), uniforms(size[0])
     plain, found = look(given, uniform, None), look(given, uniform, place)
     check(plain, given, uniform)
     check(found, given, uniform)
@@ -121,8 +121,10 @@ def test_against_float64(size, classes, dtype, place, proof):
     proof("look", dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("keep", [1, 40, 2000])
+KEPT = [(mx.float32, 1), *((dtype, 40) for dtype in DTYPES), (mx.bfloat16, 2000)]
+
+
+@pytest.mark.parametrize(("dtype", "keep"), KEPT)
 def test_survivors_are_listed(dtype, keep, place, proof):
     """Counts on both sides of ``keep``, with a bias, across spans and simdgroups."""
     for size, classes in (((2, 299), 0), ((4, 5004), 3)):
@@ -191,15 +193,17 @@ def test_draws_follow_the_distribution_and_no_banned_id_is_drawn(dtype, place):
         assert (np.diff(found) >= 0).all() and len(set(found.tolist())) > 8
 
 
-@pytest.mark.parametrize("uniform", [0.0, 0.5, ALMOST, 1.0])
+DRAWN = {0.0: 700, 0.25: 890, 0.5: 1500, 0.75: 1510, ALMOST: 1510, 1.0: 1510}
+
+
+@pytest.mark.parametrize("uniform", DRAWN)
 def test_a_zero_weight_is_never_drawn(uniform, place):
-    """Ids 700 and 900 alone have a weight, in spans of their own; a target at the total takes the last of them."""
+    """Four ids have a weight, all the same; targets on the borders belong to the next, at the total to the last."""
     logits = mx.full((1, 2000), -3000.0)
-    logits[0, 700] = logits[0, 900] = 5.0
+    logits[0, [700, 890, 1500, 1510]] = 5.0
     given = Case(logits, None, {"temperature": mx.array([1.0]), "bias": None})
-    expected = 700 if uniform < 0.5 else 900
     for where in (None, place):
-        assert look(given, mx.array([uniform]), where).drawn.item() == expected
+        assert look(given, mx.array([uniform]), where).drawn.item() == DRAWN[uniform]
 
 
 def test_all_ids_alike(place):
@@ -247,14 +251,33 @@ def test_a_tiny_temperature_and_bans_everywhere_stay_finite(dtype, place):
         np.testing.assert_allclose(wide(seen.entropy)[1:], np.log(700), rtol=1e-6)
 
 
+def test_what_is_not_a_number_shows(place):
+    """In one row: its entropy, confidence and total; ids stay in range, other rows as they were."""
+    given, uniform = case(2, 900, mx.bfloat16), mx.array([0.5, 0.5])
+    expected = look(given, uniform, None)
+    given.logits[0, 300] = float("nan")
+    for where in (None, place):
+        seen = look(given, uniform, where, 5)
+        for name in ("entropy", "confidence", "total"):
+            assert np.isnan(getattr(seen, name)[0].item()), name
+            np.testing.assert_allclose(getattr(seen, name)[1].item(), getattr(expected, name)[1].item(), rtol=1e-5)
+        assert 0 <= seen.drawn[0].item() < 900 and 0 <= seen.argmax[0].item() < 900
+        assert seen.drawn[1].item() == expected.drawn[1].item()
+        shape = {"seen": seen, **given.shape}
+        made = odds_ops(given.logits, given.cap, **shape)
+        if where:
+            made = in_every_order(lambda shape=shape: odds_kernel(given.logits, given.cap, **shape), place)
+        assert np.isnan(wide(made)[0, 300])
+
+
 # ---- probabilities
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("classes", [0, 3])
-@pytest.mark.parametrize("size", [*SIZES, (1, 8)])
-def test_probabilities(size, classes, dtype, place, proof):
-    given, uniform = case(*size, dtype, classes=classes), uniforms(size[0])
+@pytest.mark.parametrize("size", [*SIZES, (1, 8, 0)])
+def test_probabilities(size, dtype, place, proof):
+    *shape, classes = size
+    given, uniform = case(*shape, dtype, classes=classes), uniforms(size[0])
     seen = look(given, uniform, None)
     bare = Seen(**{**vars(seen), "weight": None})
     shifted = given.low() - given.low().max(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What the operations of a traced MLX function read and write, with chains of elementwise operations taken as one pass."""
+"""What the operations of a traced MLX function read and write, chains of elementwise operations taken as one pass."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import mlx.core as mx
 
 VIEWS = {"Reshape", "Transpose", "ExpandDims", "Squeeze", "Flatten", "Unflatten", "Slice", "Split", "Broadcast"}
 FUSED = {
-    "AsType", "Add", "Subtract", "Multiply", "Divide", "Negative", "Tanh", "Exp", "Log", "Maximum", "Minimum", "Select",
-    "Equal", "Less", "LessEqual", "Greater", "GreaterEqual", "LogicalAnd", "LogicalOr", "LogicalNot", "Sigmoid", "Square",
+    "AsType", "Add", "Subtract", "Multiply", "Divide", "Negative", "Tanh", "Exp", "Log", "Maximum", "Minimum",
+    "Select", "Equal", "Less", "LessEqual", "Greater", "GreaterEqual", "LogicalAnd", "LogicalOr", "Square",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""GeGLU: GELU in its tanh form of the gate, times up. In float32, GELU rounded once and the product once, as torch does.
+"""GeGLU: GELU in its tanh form of the gate, times up; GELU in float32, rounded once, and then the product, as in torch.
 
 Source: transformers 5.23, ``modeling_diffusion_gemma.py``, ``DiffusionGemmaTextMLP`` and its experts.
 """

@@ -32,7 +32,8 @@ class Kernel:
 
     @functools.cached_property
     def made(self) -> Runner:
-        return mx.fast.metal_kernel(self.name, self.inputs, self.outputs, self.source, self.header)
+        kernel: Any = mx.fast.metal_kernel(self.name, self.inputs, self.outputs, self.source, self.header)
+        return kernel
 
     def __call__(
         self,

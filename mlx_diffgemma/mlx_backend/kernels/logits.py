@@ -34,24 +34,28 @@ __all__ = [
 
 # Pointers are template arguments where MLX decides, by the size of an array, which address space they are of.
 HEADER = """
-constant constexpr float FAR = -1000.0f;  // exp of it is 0; differences stop there, so that 0 times one is 0
+constant constexpr float FAR = -1000.0f;  // exp of it is 0
 constant constexpr float LOWEST = -2e38f;
 constant constexpr float REACH = 10.0f;
 constant constexpr uint NONE = 0xFFFFFFFFu;
 
 template <typename T, int COUNT> struct alignas(COUNT * sizeof(T)) Several { T at[COUNT]; };  // one load
 
+// As everywhere here, a comparison and not max, which would hide what is not a number.
+METAL_FUNC float finite(float y) { return y < LOWEST ? LOWEST : y; }
+
 template <bool CAPPED, bool BIASED, typename C, typename W>
 METAL_FUNC float shaped(float x, uint id, float cap, float temperature, C classes, W values) {
     const float y = CAPPED ? metal::precise::tanh(x / cap) * cap : x;
-    return BIASED ? metal::max((y + values[classes[id]]) / temperature, LOWEST) : y / temperature;
+    return BIASED ? finite((y + values[classes[id]]) / temperature) : y / temperature;
 }
 
-template <typename T> METAL_FUNC float rounded(float y) {
-    return metal::is_same_v<T, float> ? y : metal::max(float(T(y)), LOWEST);
-}
+template <typename T> METAL_FUNC float rounded(float y) { return metal::is_same_v<T, float> ? y : finite(float(T(y))); }
 
-METAL_FUNC float weight_of(float difference) { return metal::precise::exp(metal::max(difference, FAR)); }
+// Differences stop where their weight is 0, so that 0 times one is 0.
+METAL_FUNC float near(float difference) { return difference < FAR ? FAR : difference; }
+
+METAL_FUNC float weight_of(float difference) { return metal::precise::exp(difference); }
 """
 
 

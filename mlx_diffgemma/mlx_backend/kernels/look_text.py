@@ -58,7 +58,7 @@ WEIGH = """
         for (uint i = 1; i < ITEMS; i++) high = metal::max(high, y[i]);
         high = simd_max(high);
         if (high > top || span == group) {
-            const float moved = metal::max(top - high, FAR), scale = weight_of(moved);
+            const float moved = near(top - high), scale = weight_of(moved);
             moment = scale * (moment + mass * moved);
             mass *= scale;
             const float low_high = rounded<T>(high);
@@ -72,7 +72,7 @@ WEIGH = """
         }
         float here = 0;
         for (uint i = 0; i < ITEMS; i++) {
-            const float shifted = metal::max(y[i] - top, FAR), weight = metal::precise::exp(shifted);
+            const float shifted = near(y[i] - top), weight = metal::precise::exp(shifted);
             here += weight;
             moment += weight * shifted;
             if (!metal::is_same_v<T, float>) low_mass += weight_of(rounded<T>(y[i]) - low_top);
@@ -103,7 +103,7 @@ WEIGH = """
     if (group == 0) {
         const bool mine = lane < GROUPS;
         const float its = mine ? tops[lane] : LOWEST;
-        const float moved = metal::max(its - most, FAR), scale = mine ? weight_of(moved) : 0.0f;
+        const float moved = near(its - most), scale = mine ? weight_of(moved) : 0.0f;
         const float whole = simd_sum(mine ? masses[lane] * scale : 0.0f);
         const float spread = simd_sum(mine ? (moments[lane] + masses[lane] * moved) * scale : 0.0f);
         const float low = simd_sum(mine ? low_masses[lane] * weight_of(rounded<T>(its) - low_most) : 0.0f);
@@ -207,13 +207,13 @@ SURVIVE = """
     threadgroup uint counts[SPANS];
     threadgroup uint count_bases[GROUPS];
     for (uint span = group; span < SPANS; span += GROUPS) {
-        uint near = 0;
+        uint some = 0;
         if (rounded<T>(peak[span]) - low_most >= -REACH) {
             span_of<T, V, SPAN, VEC, CAPPED, BIASED>(y, x, span * SPAN, lane, limit, heat, classes, added);
-            for (uint i = 0; i < ITEMS; i++) near += y[i] > -INFINITY && rounded<T>(y[i]) - low_most >= -REACH;
-            near = simd_sum(near);
+            for (uint i = 0; i < ITEMS; i++) some += y[i] > -INFINITY && rounded<T>(y[i]) - low_most >= -REACH;
+            some = simd_sum(some);
         }
-        if (lane == 0) counts[span] = near;
+        if (lane == 0) counts[span] = some;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     uint few = 0;

@@ -1,12 +1,11 @@
 """Soft embeddings from survivors alone: rows of the table weighted by probabilities, far smaller ones left out.
 
 A row's survivors are the ids with a probability of at least e^-10 of its greatest; the others count as 0 and nothing is
-renormalised. So with p the probabilities and e the rows of the table
+renormalised. With p the probabilities and e the rows of the table
 
-    |soft - dense| <= scale * max |e| * (the sum of p left out), and that sum < V e^-10 max p:
+    |soft - dense| <= scale * max |e| * (the sum of p left out), and that sum is below V e^-10 max p:
 
-at most 1.2 % of the greatest row for max p = 0.001 and V = 262,144 (never more than 1 - survivors' own sum), and
-nothing at all where every id survives.
+1.2 % for max p = 0.001 and V = 262,144, and nothing where all ids are alike, for then they all survive.
 """
 
 from __future__ import annotations
@@ -105,10 +104,10 @@ KERNEL = Kernel(
         uint place = simd_prefix_exclusive_sum(uint(p > 0));
         if (lane == 31) bases[group] = place + uint(p > 0);
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        uint near = 0;
+        uint some = 0;
         for (uint j = 0; j < GROUPS; j++) {
-            if (j == group) place += near;
-            near += bases[j];
+            if (j == group) place += some;
+            some += bases[j];
         }
         if (p > 0) {
             which[place] = id;
@@ -116,7 +115,7 @@ KERNEL = Kernel(
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
         if (column < D) {
-            for (uint j = 0; j < near; j++) {
+            for (uint j = 0; j < some; j++) {
                 const uint from = which[j];
                 const float odd = odds[j];
                 const size_t at = size_t(from) * D + column;
@@ -131,7 +130,7 @@ KERNEL = Kernel(
                 const float bias = FORMAT == AFFINE ? float(biases[at / SIZE]) : 0;
                 const float outer = ROWED ? row_scale[from] : 1;
                 for (uint e = 0; e < PER; e++) {
-                    const uint code = word >> (e * (32 / PER)) & ((1u << (32 / PER)) - 1);
+                    const uint code = word >> (e * BITS) & ((1u << BITS) - 1);
                     const float x = FORMAT == AFFINE ? scale * float(code) + bias : number<FORMAT>(code) * scale;
                     sum[e] += odd * (ROWED ? x * outer : x);
                 }
@@ -192,9 +191,9 @@ def survivors_kernel(
 def _stored(table: Dense | Quantized) -> tuple[tuple[mx.array, ...], int, Template]:
     """The kernel's last four inputs, D, and what says how to read them."""
     if isinstance(table, Dense):
-        form: Template = {"W": table.weight.dtype, "FORMAT": FORMATS["dense"], "SIZE": 1, "ROWED": False}
+        form: Template = {"W": table.weight.dtype, "FORMAT": FORMATS["dense"], "SIZE": 1, "BITS": 8, "ROWED": False}
         return (table.weight, nothing(), nothing(), nothing()), table.weight.shape[1], form
     others = (nothing() if x is None else x for x in (table.biases, table.row_scale))
-    form = {"FORMAT": FORMATS[table.mode], "SIZE": table.group_size, "ROWED": table.row_scale is not None}
+    form = {"W": table.weight.dtype, "FORMAT": FORMATS[table.mode], "SIZE": table.group_size, "BITS": table.bits}
     width = table.weight.shape[1] * 32 // table.bits
-    return (table.weight, table.scales, *others), width, {"W": table.weight.dtype} | form
+    return (table.weight, table.scales, *others), width, form | {"ROWED": table.row_scale is not None}

@@ -33,7 +33,7 @@ static void say(const char* what, int first, int second) {
   int n = snprintf(message, MESSAGE, "%s", what);
   const int places[] = {first, second};
   for (const int place : places)
-    if (place) n += snprintf(message + n, MESSAGE - n, ", line %d column %d", place / 1000, place % 1000);
+    if (place) n += snprintf(message + n, MESSAGE - n, ", line %d column %d", place / 10000, place % 10000);
   const uint3 at = t.group;
   snprintf(message + n, MESSAGE - n, " [threadgroup %u,%u,%u thread %u]", at.x, at.y, at.z, t.index);
   failed = true;
@@ -71,17 +71,17 @@ static void on_fault(int, siginfo_t* info, void*) {
   fail(what);
 }
 
-// After a threadgroup: its variables, and the poison around them.
-static void release_variables() {
+// After a threadgroup: whether the poison around its variables is as it was. The next one finds all poison.
+static void check_variables() {
   current = 0;
-  for (; claims > 0; claims--) {
-    Room& room = variables[claimed[claims - 1]];
-    if (!failed && !intact(room, metal_cpu_engine.poison))
+  for (; claims > 0; claims--)
+    if (!failed && !intact(variables[claimed[claims - 1]], metal_cpu_engine.poison))
       say("out-of-bounds write next to a threadgroup variable", 0, 0);
-    give_back(room.pages);
-    room.pages = nullptr;
-  }
   claimed_bytes = 0;
+}
+static void give_back(Room& room) {
+  if (room.pages) give_back(room.pages);
+  room.pages = nullptr;
 }
 
 // The threads of the threadgroup `group`, of `size` threads; all but those at the edge have `most`.
@@ -107,7 +107,7 @@ static void run_grid(const uint3 grid, const uint3 most) {
     metal_cpu_engine.number++;
     place_threads(at, rest < most ? rest : most, grid, most, n);
     run_threadgroup();
-    release_variables();
+    check_variables();
   }
 }
 
@@ -135,20 +135,21 @@ static void uninstall(const Handlers& before) {
 }  // namespace metal_cpu
 
 extern "C" {
-void metal_cpu_barrier(int place) { wait(BARRIER, place, nullptr); }
-void metal_cpu_together(int place, Combine combine) { wait(TOGETHER, place, combine); }
+void metal_cpu_barrier(int place) { wait(BARRIER, place, __builtin_return_address(0), nullptr); }
+void metal_cpu_together(int place, Combine combine) {
+  wait(TOGETHER, place, __builtin_return_address(0), combine);
+}
 void metal_cpu_fail(const char* what) { fail(what); }
 
+// Called by the first thread of a threadgroup that passes the declaration.
 void* metal_cpu_claim(int which, ulong bytes) {
   if (which >= MOST_VARIABLES) fail("too many threadgroup variables");
+  claimed_bytes += (bytes + ALIGNED - 1) / ALIGNED * ALIGNED;
+  if (claimed_bytes > MOST_THREADGROUP_MEMORY) fail("more than 32768 bytes of threadgroup memory");
   Room& room = variables[which];
-  if (!room.pages) {  // the first thread of this threadgroup that passes the declaration
-    claimed_bytes += (bytes + ALIGNED - 1) / ALIGNED * ALIGNED;
-    if (claimed_bytes > MOST_THREADGROUP_MEMORY) fail("more than 32768 bytes of threadgroup memory");
-    room = take(bytes, false, metal_cpu_engine.poison);
-    memset(room.seen(), metal_cpu_engine.poison, bytes);
-    claimed[claims++] = which;
-  }
+  if (!room.pages) room = take(bytes, false, metal_cpu_engine.poison);
+  memset(room.seen(), metal_cpu_engine.poison, bytes);
+  claimed[claims++] = which;
   return room.seen();
 }
 
@@ -181,9 +182,9 @@ int metal_cpu_launch(Body kernel, MetalCpuBuffer* given, int n, const uint* grid
       }
       memcpy(given[i].bytes, rooms[i].seen(), given[i].size);
     }
-    give_back(rooms[i].pages);
-    rooms[i].pages = nullptr;
+    give_back(rooms[i]);
   }
+  for (Room& room : variables) give_back(room);
   return failed;
 }
 }

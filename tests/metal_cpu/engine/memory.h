@@ -85,12 +85,13 @@ static Room take(size_t bytes, bool read_only, int poison) {
   memset(room.write() + bytes, poison, room.behind());
   return room;
 }
+static bool all_are(const char* bytes, size_t n, int value) {
+  unsigned char different = 0;
+  for (size_t i = 0; i < n; i++) different |= (unsigned char)bytes[i] ^ value;
+  return !different;
+}
 // Whether the poison around it is as it was.
 static bool intact(const Room& room, int poison) {
-  for (size_t i = 0; i < room.pages->bytes; i++) {
-    if (i == room.before) i += room.bytes;
-    if (i < room.pages->bytes && (unsigned char)room.pages->seen[i] != poison) return false;
-  }
-  return true;
+  return all_are(room.pages->seen, room.before, poison) && all_are(room.seen() + room.bytes, room.behind(), poison);
 }
 }  // namespace metal_cpu

@@ -15,7 +15,8 @@ enum State : unsigned char { FRESH, RUNNING, TOGETHER, BARRIER, ENDED };
 struct Lane {
   Fiber* fiber;
   State state;
-  int place;  // where it waits: line * 1000 + column of the kernel's text
+  int place;         // where it waits: line * 10000 + column of the kernel's text
+  const void* from;  // and in the code: a function with a barrier may be called at two places
   Combine combine;
 };
 
@@ -46,12 +47,16 @@ static void start_phase() {
   start_round();
 }
 
+static bool same_place(const Lane& a, const Lane& b) {
+  return a.state == b.state && a.place == b.place && a.from == b.from;
+}
+
 // All lanes of the simdgroup have stopped. True if they go on within it.
 static bool finish_round() {
   const uint first = groups[group_turn] * LANES, n = lanes_of(groups[group_turn]);
   for (current = first; current < first + n; current++) {
     const Lane &lane = lanes[current], &other = lanes[first];
-    if (lane.state == other.state && lane.place == other.place) continue;
+    if (same_place(lane, other)) continue;
     const bool barrier = lane.state == BARRIER || other.state == BARRIER;
     fail(barrier ? "a barrier is not reached by all threads" : "divergent operation of a simdgroup", other.place,
          lane.place);
@@ -69,7 +74,7 @@ static bool finish_phase() {
   for (current = 0; current < count; current += LANES) {
     const Lane &lane = lanes[current], &other = lanes[0];
     if (lane.state != other.state) fail("a barrier is not reached by all threads", other.place, lane.place);
-    if (lane.place != other.place) fail("threads wait at different barriers", other.place, lane.place);
+    if (!same_place(lane, other)) fail("threads wait at different barriers", other.place, lane.place);
   }
   if (lanes[0].state == ENDED) return false;
   start_phase();
@@ -106,7 +111,7 @@ static void run_threads() {
     Fiber* const fiber = lanes[current].fiber;
     lanes[current].state = RUNNING;
     body(buffers, threads[current]);
-    lanes[current].state = ENDED, lanes[current].place = 0;
+    lanes[current] = {fiber, ENDED, 0, nullptr, nullptr};
     const uint then = next();
     if (then != NONE && lanes[then].state == FRESH) {
       take_turn(then);
@@ -120,9 +125,9 @@ static void run_threads() {
 }
 
 // The thread that runs waits; returns when it may go on.
-static void wait(State state, int place, Combine combine) {
+static void wait(State state, int place, const void* from, Combine combine) {
   Lane& lane = lanes[current];
-  lane.state = state, lane.place = place, lane.combine = combine;
+  lane = {lane.fiber, state, place, from, combine};
   const uint self = current, then = next();
   if (then == self) take_turn(self);
   else leave(lane.fiber->context, then);
@@ -131,7 +136,7 @@ static void wait(State state, int place, Combine combine) {
 // Threads [0, count) from beginning to end.
 static void run_threadgroup() {
   simdgroups = (count + LANES - 1) / LANES;
-  for (uint i = 0; i < count; i++) lanes[i] = {nullptr, FRESH, 0, nullptr};
+  for (uint i = 0; i < count; i++) lanes[i] = {nullptr, FRESH, 0, nullptr, nullptr};
   start_phase();
   leave(main_context, next());
 }

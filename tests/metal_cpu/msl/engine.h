@@ -26,10 +26,11 @@ struct Engine {
 
 extern "C" {
 extern metal_cpu::Engine metal_cpu_engine;
+// Neither call is merged with an equal one of another branch: see `from` in engine/threadgroup.h.
 // Waits until every thread of the threadgroup has reached the same place.
-void metal_cpu_barrier(int place);
+__attribute__((nomerge)) void metal_cpu_barrier(int place);
 // Waits until every lane of the simdgroup has reached the same place; `combine` then runs once, for all of them.
-void metal_cpu_together(int place, metal_cpu::Combine combine);
+__attribute__((nomerge)) void metal_cpu_together(int place, metal_cpu::Combine combine);
 // Memory of a threadgroup variable, poisoned for this threadgroup, at the end of a page. `which` counts variables.
 void* metal_cpu_claim(int which, ulong bytes);
 [[noreturn]] void metal_cpu_fail(const char* message);
@@ -61,7 +62,7 @@ inline Out together(In x, int place) {
 }  // namespace metal_cpu
 
 // Where a call stands: the last parameter of every function that waits.
-#define PLACE int place = __builtin_LINE() * 1000 + __builtin_COLUMN()
+#define PLACE int place = __builtin_LINE() * 10000 + __builtin_COLUMN()
 
 namespace metal {
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_texture = 4 };
