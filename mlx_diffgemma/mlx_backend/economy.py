@@ -53,6 +53,7 @@ class Economy:
     survivors: bool
     hold: bool
     same: np.ndarray
+    at: int = 0
     last: CanvasView | None = None
     flat: int | None = None
 
@@ -63,9 +64,11 @@ class Economy:
         clamped = np.stack([given(spec.masks.clamp, free) != UNSET for spec in specs])
         return cls(length, ends, clamped, survivors, hold, np.zeros((len(specs), length), int))
 
-    def learn(self, view: CanvasView, flat: int) -> None:
-        """From the view of the step that was read last."""
-        self.flat = flat
+    def learn(self, view: CanvasView, flat: int, at: int) -> None:
+        """From the view after ``at`` steps; one that is read again teaches nothing."""
+        if at <= self.at:
+            return
+        self.at, self.flat = at, flat
         if self.hold:
             calm = view.accepted & (view.canvas == view.argmax) & (view.entropy <= SURE)
             if self.last is not None:

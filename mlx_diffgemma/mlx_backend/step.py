@@ -84,12 +84,12 @@ class Block:
 
 @dataclass(frozen=True)
 class State:
-    """A block after ``at`` steps. ``ahead`` holds the state that follows once its graph is made."""
+    """A block after ``at`` steps. ``ahead`` holds the state that follows, once its graph is made, and what that saves."""
 
     block: Block
     at: int
     carried: Carried
-    ahead: list[State] = field(default_factory=list)
+    ahead: list[tuple[Saving, State]] = field(default_factory=list)
 
 
 class Denoiser:
@@ -118,17 +118,19 @@ class Denoiser:
         """The state one step later, submitted. Finished rows are computed along and keep what they had."""
         if state.at >= state.block.steps:
             return state
-        after = state.ahead.pop() if state.ahead else self._next(state)
+        saving = state.block.economy.saving()
+        made = [after for planned, after in state.ahead if planned == saving]  # else the last view has changed the plan
+        state.ahead.clear()
+        after = made[0] if made else self._next(state, saving)
         mx.async_eval(after.carried.packed, after.carried.run, after.carried.soft)
         if self.compiled and after.at < after.block.steps:
-            after.ahead.append(
-                self._next(after)
-            )  # while the device is at work; submitted when the host knows it is due
+            # While the device is at work. It is submitted when the host knows that it is due.
+            after.ahead.append((saving, self._next(after, saving)))
         return after
 
-    def _next(self, state: State) -> State:
+    def _next(self, state: State, saving: Saving) -> State:
         block = state.block
-        args = (block.settings, block.prefix, state.carried, mx.array(state.at), block.economy.saving())
+        args = (block.settings, block.prefix, state.carried, mx.array(state.at), saving)
         return State(block, state.at + 1, self.function(*args))
 
     @staticmethod
@@ -142,8 +144,7 @@ class Denoiser:
         view = CanvasView(
             canvas.copy(), argmax.copy(), accepted.astype(bool), entropy, confidence, done.astype(bool), steps
         )
-        if state.at:
-            state.block.economy.learn(view, int(flat.sum()))
+        state.block.economy.learn(view, int(flat.sum()), state.at)
         return view
 
 

@@ -14,6 +14,7 @@ from mlx_diffgemma.backend import CanvasSpec, CanvasView, Masks
 from mlx_diffgemma.config import GenerationConfig
 from mlx_diffgemma.mlx_backend import step
 from mlx_diffgemma.mlx_backend.economy import STILL, SURE, Economy, Saving
+from mlx_diffgemma.mlx_backend.model import MLXModel
 from tests.backends.test_mlx_step import ROWS, folder, same, trace
 from tests.conftest import load_model
 from tests.metal_kernels.prompts import prompts
@@ -37,6 +38,11 @@ def economy(rows: int = 1, masks: Masks = FREE, **options) -> Economy:
     return Economy.of([CanvasSpec(SETTINGS, seed=1, masks=masks)] * rows, C, **options)
 
 
+def show(to: Economy, shown: CanvasView, flat: int) -> None:
+    """The view of the step after those that it has seen."""
+    to.learn(shown, flat, to.at + 1)
+
+
 def row(end: int | None, other: int = 7) -> list[int]:
     """A canvas of text that ends at ``end``."""
     return [other] * C if end is None else [other] * end + [END] * (C - end)
@@ -45,7 +51,7 @@ def row(end: int | None, other: int = 7) -> list[int]:
 def test_nothing_is_left_out_unless_asked_for():
     plain = economy()
     for _ in range(5):
-        plain.learn(view([row(3)]), flat=0)
+        show(plain, view([row(3)]), 0)
     assert plain.saving() == Saving(None, None)
 
 
@@ -53,7 +59,7 @@ def test_flat_rows_decide_how_many_are_dense():
     few = economy(rows=2, survivors=True)
     assert few.saving().dense_rows == 2 * C  # nothing is known yet
     for flat, dense in ((0, 0), (1, 8), (8, 8), (9, 32), (32, 32)):
-        few.learn(view([row(3)] * 2), flat)
+        show(few, view([row(3)] * 2), flat)
         assert few.saving() == Saving(None, dense), flat
 
 
@@ -64,7 +70,7 @@ def test_a_still_tail_is_held(end, rows):
     held = economy(hold=True)
     for number in range(STILL):
         assert held.saving().rows is None, number
-        held.learn(view([row(end)]), 0)
+        show(held, view([row(end)]), 0)
     assert held.saving().rows == rows  # in eighths of the canvas, the end of the text included
 
 
@@ -73,24 +79,24 @@ def test_what_moves_is_computed():
     for number in range(STILL + 2):
         argmax = row(3)
         argmax[9] = number  # a position of the tail that changes
-        held.learn(view([argmax]), 0)
+        show(held, view([argmax]), 0)
     assert held.saving().rows == 10
     for kind in ({"entropy": 2 * SURE}, {"accepted": False}, {"canvas": [[8] * C]}):
         held = economy(hold=True)
         for _ in range(STILL + 2):
-            held.learn(view([row(3)], **kind), 0)
+            show(held, view([row(3)], **kind), 0)
         assert held.saving().rows is None, kind
 
 
 def test_the_tail_comes_back_when_the_end_moves_into_it():
     held = economy(hold=True)
     for _ in range(STILL + 1):
-        held.learn(view([row(3)]), 0)
+        show(held, view([row(3)]), 0)
     assert held.saving().rows == 4
     beyond = [7, 7, 7, 7] + [END] * 12  # what ended the text is text now
-    held.learn(view([beyond]), 0)
+    show(held, view([beyond]), 0)
     assert held.saving().rows == 6
-    held.learn(view([row(None)]), 0)
+    show(held, view([row(None)]), 0)
     assert held.saving().rows is None
 
 
@@ -100,18 +106,28 @@ def test_given_positions_are_still():
     canvas = row(3)[:12] + [9] * 4
     for _ in range(STILL + 1):
         accepted = np.arange(C) < 12
-        held.learn(view([canvas], entropy=np.where(accepted, 0, 3), accepted=accepted), 0)
+        show(held, view([canvas], entropy=np.where(accepted, 0, 3), accepted=accepted), 0)
     assert held.saving().rows == 4
 
 
 def test_the_slowest_row_decides_and_a_finished_one_needs_nothing():
     held = economy(rows=2, hold=True)
     for _ in range(STILL + 1):
-        held.learn(view([row(3), row(9)]), 0)
+        show(held, view([row(3), row(9)]), 0)
     assert held.saving().rows == 10
-    held.learn(CanvasView(*(getattr(view([row(3), row(9)]), name) for name in CanvasView.__annotations__)), 0)
+    show(held, CanvasView(*(getattr(view([row(3), row(9)]), name) for name in CanvasView.__annotations__)), 0)
     held.last.done[1] = True
     assert held.saving().rows == 4
+
+
+def test_a_view_that_is_read_again_teaches_nothing():
+    held = economy(hold=True, survivors=True)
+    for _ in range(5):
+        held.learn(view([row(3)]), 1, 1)
+    assert held.saving() == Saving(None, 4)
+    held.learn(view([row(3)]), 0, 2)
+    held.learn(view([row(None)]), 9, 1)
+    assert held.saving() == Saving(4, 0)
 
 
 # ---- steps
@@ -123,6 +139,28 @@ def test_survivors_are_exact_where_all_survive(folder, rows):
     dense, lengths = load_model(folder, "mlx", "float32"), np.array([40, 5, 16])
     sparse = type(dense)(dense.config, dense.network, dense.weights, survivors=True)
     same(trace(sparse, rows, lengths, steps=4), trace(dense, rows, lengths, steps=4))
+
+
+@pytest.mark.parametrize("options", [{"hold": True}, {"survivors": True}], ids=lambda x: next(iter(x)))
+def test_a_plan_that_the_last_view_changed_is_made_anew(options, monkeypatch):
+    """Compiled and ahead or not, each step saves what the views before it allow."""
+    plain, processor = demo()
+    tokens = np.array([processor.prompt_ids(prompts(1)[0])])
+    every = processor.generation.replace(confidence_threshold=None)
+
+    def run(compiled: bool) -> tuple[list, list]:
+        model = MLXModel(plain.config, plain.network, plain.weights, compiled=compiled, **options)
+        state, views, savings = model.begin(model.encode(tokens), [CanvasSpec(every, seed=5)]), [], []
+        for _ in range(10):
+            savings.append(state.block.economy.saving())
+            state = model.step(state)
+            views.append(model.read(state))
+            views[-1] = model.read(state)  # looking twice changes nothing
+        return views, savings
+
+    (fast, planned), (slow, expected) = run(True), run(False)
+    assert planned == expected and len({*planned}) > 1
+    same(fast, slow)
 
 
 def test_held_positions_keep_what_they_had(folder):

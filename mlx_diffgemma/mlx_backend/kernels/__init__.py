@@ -1,1 +1,1 @@
-"""The operations of a step, one per file: ``<op>_ops`` in plain MLX, ``<op>_kernel`` as a Metal kernel; equal results."""
+"""The operations of a step: ``<op>_ops`` in plain MLX and ``<op>_kernel`` as a Metal kernel, equal, one op per file."""
