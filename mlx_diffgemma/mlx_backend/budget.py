@@ -16,7 +16,7 @@ from ..tools import plan_memory
 from ..tools.plan import packed
 from ..tools.work import Load
 from .kernels.choice import check
-from .linear import on_cpu
+from .kernels.elementary import on_cpu
 
 TOKENS = 4096  # of one row, for which a model is planned when it is loaded
 

@@ -1,9 +1,9 @@
 """Where keys and values lie: ragged rows of what has been read so far.
 
-Every layer has two buffers [B, K, S, d]. Slot p holds position p, in sliding layers slot p % (W - 1); S grows by
-doubling. A canvas's own keys and values never come here: a step attends to two ranges, so it neither copies, moves nor
-writes the prefix, and a compiled step can have it as an argument. RoPE is part of the stored keys, hence the order
-inside the ring does not matter.
+Every layer has two buffers [B, K, S, d]. Slot p holds position p, in sliding layers slot p % (W - 1); S is one of four
+sizes per doubling, and at least doubles when it grows. A canvas's own keys and values never come here: a step attends
+to two ranges, so it neither copies, moves nor writes the prefix, and a compiled step can have it as an argument. RoPE
+is part of the stored keys, hence the order inside the ring does not matter.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class LayerCache:
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` positions; the capacity at least doubles, so growth is rare."""
-        have, need = self.capacity, self.slots(tokens)
+        have, need = self.capacity, self.slots(rounded_up(tokens))
         if need > have:
-            more = self.slots(max(need, 2 * have)) - have
+            more = self.slots(rounded_up(max(need, 2 * have))) - have
             self.k, self.v = _widen(self.k, more), _widen(self.v, more)
 
     def attend_chunk(self, q: mx.array, k: mx.array, v: mx.array, chunk: Chunk) -> mx.array:
@@ -113,16 +113,16 @@ def ring_positions(lengths: np.ndarray, slots: int, ring: int) -> np.ndarray:
     return np.where((found >= 0) & (last >= 0), found, -1)
 
 
-def visible_slots(lengths: np.ndarray, limit: int | None, *, capacity: int | None = None) -> Visible:
+def visible_slots(lengths: np.ndarray, limit: int | None, *, rounded: bool = False) -> Visible:
     """What a canvas sees behind prefixes of ``lengths`` [B], at most ``limit`` slots of each.
 
-    With the ``capacity`` of the buffers the extent is rounded up, so that lengths close to each other look alike to a
-    compiled step.
+    ``rounded``: the extent is rounded up as the buffers are, so that lengths close to each other look alike to a
+    compiled step. It does not depend on how large a buffer once had to be.
     """
     held = lengths if limit is None else np.minimum(lengths, limit)
     extent = int(held.max())
-    if capacity is not None:
-        extent = min(rounded_up(extent), capacity)
+    if rounded:
+        extent = rounded_up(extent) if limit is None else min(rounded_up(extent), limit)
     return Visible(extent, mx.array(held.astype(np.int32)), bool((held == extent).all()))
 
 

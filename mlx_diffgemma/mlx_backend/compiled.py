@@ -8,6 +8,7 @@ from call to call is an argument, and nothing of a request is captured by a clos
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -15,39 +16,53 @@ import mlx.core as mx
 
 T = TypeVar("T")
 LEAF = object()  # where an array stood
+MOST = 64  # some megabytes each
 
 
 class Compiled(Generic[T]):
-    """``function``, compiled. ``traces`` counts how often it was traced."""
+    """``function``, compiled. The ``MOST`` kinds of argument that were used last are kept."""
 
     def __init__(self, function: Callable[..., T]):
         self.function = function
-        self.traces = 0
-        self._made: dict[Hashable, Callable[..., T]] = {}
+        self._made: OrderedDict[Hashable, Callable[..., T]] = OrderedDict()
+        self._traced: list[Hashable] = []  # one entry a trace
+
+    @property
+    def traces(self) -> int:
+        """How often the function was traced."""
+        return len(self._traced)
 
     def __call__(self, *args: Any) -> T:
         leaves: list[mx.array] = []
         skeleton = split(args, leaves)
         if skeleton not in self._made:
-            self._made[skeleton] = self._make(skeleton)
+            self._made[skeleton] = compiled(self.function, skeleton, self._traced)
+        self._made.move_to_end(skeleton)
+        if len(self._made) > MOST:
+            self._made.popitem(last=False)
         return self._made[skeleton](*leaves)
 
-    def _make(self, skeleton: Any) -> Callable[..., T]:
-        results: list[Any] = []
 
-        def traced(*leaves: mx.array) -> list[mx.array]:
-            self.traces += 1
-            out: list[mx.array] = []
-            results[:] = [split(self.function(*join(skeleton, iter(leaves))), out)]
-            return out
+def compiled(function: Callable[..., T], skeleton: Any, traced: list[Hashable]) -> Callable[..., T]:
+    """``function`` of trees like ``skeleton``, as a function of their arrays; it notes in ``traced`` when it is traced.
 
-        compiled = mx.compile(traced)
+    It knows nothing of who keeps it, so that weights are let go with the model and not when cycles are collected.
+    """
+    results: list[Any] = []
 
-        def call(*leaves: mx.array) -> T:
-            out = compiled(*leaves)
-            return join(results[0], iter(out))
+    def flat(*leaves: mx.array) -> list[mx.array]:
+        out: list[mx.array] = []
+        results[:] = [split(function(*join(skeleton, iter(leaves))), out)]
+        traced.append(skeleton)
+        return out
 
-        return call
+    fast = mx.compile(flat)
+
+    def call(*leaves: mx.array) -> T:
+        out = fast(*leaves)  # which may be what traces, and so fills ``results``
+        return join(results[0], iter(out))
+
+    return call
 
 
 def split(tree: Any, leaves: list[mx.array]) -> Hashable:

@@ -1,12 +1,14 @@
 """What a step may leave out, decided on the host from what the steps before have shown. Nothing, unless asked for.
 
 ``self_conditioning="survivors"``: the soft embedding is gathered from the tokens that matter, but for flat rows. How
-many rows were flat tells how many the next step makes densely; a wrong guess costs time, not exactness.
+many rows were flat tells which share the next step makes densely. A wrong guess costs time, and a flat row that finds
+no room is within the bound of ``survivors`` and not dense.
 
 ``tail="hold"``: behind the end of the text the canvas is filled with more ends and padding, which nobody sees. Once
 such a tail has not changed for ``STILL`` steps, was accepted throughout and is sure of itself, it is left out of the
-head: its tokens, entropies and soft embedding stay as they are, the visible part is computed as ever. It comes back as
-soon as the end of the text is no longer seen before it.
+head: its tokens, entropies and soft embedding stay as they are. The visible part is computed by the same formulas, from
+a tail that would hardly have changed. It comes back as soon as the end of the text is no longer seen before it, and in
+the last step that a canvas may take.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from ..config import UNSET
 
 STILL = 2  # equal views in a row
 SURE = 1e-3  # nats of entropy, at most
+QUARTER = 0.25  # of the rows: the share between none and all that is made densely
 PARTS = 8  # of a canvas; the head covers some of them, so that few graphs serve all cases
 
 
@@ -30,11 +33,11 @@ class Saving:
 
     Args:
         rows: the head covers positions below it; ``None`` is all.
-        dense_rows: see ``vocabulary.read_canvas``; ``None`` is all.
+        dense: see ``vocabulary.read_canvas``.
     """
 
     rows: int | None = None
-    dense_rows: int | None = None
+    dense: float | None = None
 
 
 @dataclass
@@ -77,16 +80,15 @@ class Economy:
             self.last = view
 
     def saving(self) -> Saving:
-        head = self._head()
-        return Saving(head, self._dense_rows((head or self.length) * len(self.ends)))
+        return Saving(self._head(), self._dense())
 
-    def _dense_rows(self, rows: int) -> int | None:
-        """Of ``rows`` all, a quarter or none: at least as many as were flat when last seen."""
+    def _dense(self) -> float | None:
+        """The share of rows that go the dense way: at least that of flat rows in the last view."""
         if not self.survivors:
             return None
-        if self.flat is None or self.flat > rows // 4:
-            return rows
-        return rows // 4 if self.flat else 0
+        if self.flat is None or self.flat > QUARTER * self.length * len(self.ends):
+            return 1.0
+        return QUARTER if self.flat else 0.0
 
     def _head(self) -> int | None:
         """Positions that the head must cover, in whole parts of the canvas."""

@@ -18,10 +18,6 @@ from typing import Protocol
 import mlx.core as mx
 
 
-def on_cpu() -> bool:
-    return mx.default_device() == mx.Device(mx.cpu)
-
-
 class Linear(Protocol):
     """W [out, in], or a bank of them [E, out, in]."""
 

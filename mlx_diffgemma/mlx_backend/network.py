@@ -40,7 +40,7 @@ class Prefix:
     keys: tuple[mx.array, ...]
     values: tuple[mx.array, ...]
     rotations: tuple[Rotation, Rotation]
-    visible: tuple[Visible, Visible]
+    visible: tuple[Visible, ...]
 
 
 @dataclass
@@ -208,16 +208,12 @@ class Network:
 
         ``rounded``: the extent is rounded up, see ``visible_slots``.
         """
-        layers, window = cache.layers, self.config.window_keys
-        capacity = {self.config.full(i): kept.capacity for i, kept in enumerate(layers)} if rounded else {}
+        limits = (self.config.window_keys, None)
         return Prefix(
-            tuple(kept.k for kept in layers),
-            tuple(kept.v for kept in layers),
+            tuple(layer.k for layer in cache.layers),
+            tuple(layer.v for layer in cache.layers),
             self.rotations(cache.lengths[:, None] + np.arange(canvas)),
-            (
-                visible_slots(cache.lengths, window, capacity=capacity.get(False)),
-                visible_slots(cache.lengths, None, capacity=capacity.get(True)),
-            ),
+            tuple(visible_slots(cache.lengths, limit, rounded=rounded) for limit in limits),
         )
 
     def decode(

@@ -11,7 +11,8 @@ import numpy as np
 from ..backend import TEXT_ONLY, Remarks
 from ..formats import Checkpoint
 from ..formats.stored import Stored
-from .linear import Dense, Linear, Quantized, on_cpu
+from .kernels.elementary import on_cpu
+from .linear import Dense, Linear, Quantized
 
 
 def remarks(

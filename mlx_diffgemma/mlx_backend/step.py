@@ -29,18 +29,41 @@ NEVER = 2**30  # a stability threshold that no run reaches: no early stop
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a block's steps share, on the device. N is the largest step cap among the rows.
+class Schedule:
+    """What differs from step to step, on the device. N is the largest step cap among the rows.
 
     Args:
         draw: float32 [B, N, C].  renoise: int32 [B, N, C], what a rejected position becomes.
-        temperature: float32 [B, N].  clamp: int32 [B, C], -1 where free.  bias: ``None`` where no id is banned.
-        bound, confidence: float32 [B].  stability, cap: int32 [B].  greedy: bool [B].
+        temperature: float32 [B, N].
     """
 
     draw: mx.array
     renoise: mx.array
     temperature: mx.array
+
+    def at(self, step: int) -> Moment:
+        return Moment(mx.array(step), self.draw[:, step], self.renoise[:, step], self.temperature[:, step])
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step of a ``Schedule``: its number, int32, and without the axis of steps what it reads there."""
+
+    at: mx.array
+    draw: mx.array
+    renoise: mx.array
+    temperature: mx.array
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a block's steps share, on the device.
+
+    Args:
+        clamp: int32 [B, C], -1 where free.  bias: ``None`` where no id is banned.
+        bound, confidence: float32 [B].  stability, cap: int32 [B].  greedy: bool [B].
+    """
+
     clamp: mx.array
     bias: Bias | None
     bound: mx.array
@@ -78,18 +101,22 @@ class Block:
 
     prefix: Prefix
     settings: Settings
+    schedule: Schedule
     steps: int
     economy: Economy
 
 
 @dataclass(frozen=True)
 class State:
-    """A block after ``at`` steps. ``ahead`` holds the state that follows, once its graph is made, and what that saves."""
+    """A block after ``at`` steps. ``ahead`` holds the state that follows, once its graph is made.
+
+    MLX binds a graph to the stream of the thread that made it, hence the stream beside it, and what the step saves.
+    """
 
     block: Block
     at: int
     carried: Carried
-    ahead: list[tuple[Saving, State]] = field(default_factory=list)
+    ahead: list[tuple[Saving, mx.Stream, State]] = field(default_factory=list)
 
 
 class Denoiser:
@@ -107,30 +134,33 @@ class Denoiser:
         assert len(specs) == len(cache.lengths), (len(specs), len(cache.lengths))
         checked = [dataclasses.replace(s, masks=s.masks.checked(length, self.config.text.vocab_size)) for s in specs]
         steps = max(s.settings.max_denoising_steps for s in specs)
-        settings, carried = tables(checked, steps, length, self.config.text.vocab_size)
+        settings, schedule, carried = tables(checked, steps, length, self.config.text.vocab_size)
         prefix = self.network.prefix(cache, length, rounded=self.compiled)
         economy = Economy.of(specs, length, survivors=self.survivors, hold=self.hold)
-        block = Block(prefix, settings, 0 if all(s.decided(length) for s in specs) else steps, economy)
-        mx.async_eval(carried.packed, settings.draw, settings.renoise)
-        return State(block, 0, carried)
+        steps = 0 if all(s.decided(length) for s in specs) else steps
+        mx.async_eval(carried.packed, schedule.draw, schedule.renoise)
+        return State(Block(prefix, settings, schedule, steps, economy), 0, carried)
 
     def step(self, state: State) -> State:
         """The state one step later, submitted. Finished rows are computed along and keep what they had."""
         if state.at >= state.block.steps:
             return state
-        saving = state.block.economy.saving()
-        made = [after for planned, after in state.ahead if planned == saving]  # else the last view has changed the plan
+        saving, stream = state.block.economy.saving(), mx.default_stream(mx.default_device())
+        last = state.at + 1 == state.block.steps
+        saving = dataclasses.replace(saving, rows=None) if last else saving  # what it shows is final
+        # The last view may have changed the plan, and the caller the thread.
+        made = [after for *key, after in state.ahead if key == [saving, stream]]
         state.ahead.clear()
         after = made[0] if made else self._next(state, saving)
         mx.async_eval(after.carried.packed, after.carried.run, after.carried.soft)
         if self.compiled and after.at < after.block.steps:
             # While the device is at work. It is submitted when the host knows that it is due.
-            after.ahead.append((saving, self._next(after, saving)))
+            after.ahead.append((saving, stream, self._next(after, saving)))
         return after
 
     def _next(self, state: State, saving: Saving) -> State:
         block = state.block
-        args = (block.settings, block.prefix, state.carried, mx.array(state.at), saving)
+        args = (block.settings, block.prefix, state.carried, block.schedule.at(state.at), saving)
         return State(block, state.at + 1, self.function(*args))
 
     @staticmethod
@@ -148,17 +178,19 @@ class Denoiser:
         return view
 
 
-def tables(specs: Sequence[CanvasSpec], steps: int, length: int, vocab_size: int) -> tuple[Settings, Carried]:
+def tables(specs: Sequence[CanvasSpec], steps: int, length: int, vocab_size: int) -> tuple[Settings, Schedule, Carried]:
     """What the steps of a block need of ``specs``, and the canvas they start from."""
     settings, masks = [s.settings for s in specs], [s.masks for s in specs]
     noise = block_noise(specs, steps=steps, length=length, vocab_size=vocab_size)
     clamp = _ids([m.clamp for m in masks], length)
     early = [s.stability_threshold is not None and s.confidence_threshold is not None for s in settings]
-    shared = Settings(
+    schedule = Schedule(
         draw=noise.draw,
         renoise=_given(_ids([m.renoise_from for m in masks], length)[:, None], noise.renoise),
         # those of rows with a lower cap repeat, unread
         temperature=mx.array(np.stack([np.resize(rules.temperatures(s), steps) for s in settings])),
+    )
+    shared = Settings(
         clamp=clamp,
         bias=bias_of_bans([(m.banned, m.banned_until) for m in masks], length, vocab_size),
         bound=mx.array([s.entropy_bound for s in settings], dtype=mx.float32),
@@ -171,7 +203,7 @@ def tables(specs: Sequence[CanvasSpec], steps: int, length: int, vocab_size: int
     nothing, zero = mx.zeros((len(specs), length)), mx.zeros((len(specs),), mx.int32)
     decided = mx.array([spec.decided(length) for spec in specs])
     view = (canvas, canvas, nothing > 0, nothing, nothing, decided, zero)
-    return shared, Carried(*view, run=zero, soft=None, packed=_pack(*view, zero))
+    return shared, schedule, Carried(*view, run=zero, soft=None, packed=_pack(*view, zero))
 
 
 def first(bias: Bias, rows: int, length: int) -> Bias:
@@ -181,17 +213,16 @@ def first(bias: Bias, rows: int, length: int) -> Bias:
 
 
 def denoise(
-    network: Network, block: Settings, prefix: Prefix, before: Carried, at: mx.array, saving: Saving
+    network: Network, block: Settings, prefix: Prefix, before: Carried, moment: Moment, saving: Saving
 ) -> Carried:
-    """One step; ``at`` int32 is its number from 0. What is static about it is in the trees that are no arrays."""
-    hidden = network.decode(before.canvas, prefix, before.soft)
-    uniform, renoise, temperature = (mx.take(x, at, axis=1) for x in (block.draw, block.renoise, block.temperature))
-    read = _read(network, hidden, temperature, uniform, block.bias, before, saving)
+    """One step. What is static about it are the parts of the trees that are no arrays."""
+    hidden, at = network.decode(before.canvas, prefix, before.soft), moment.at
+    read = _read(network, hidden, moment, block.bias, before, saving)
     free = block.clamp == UNSET
     argmax = _given(block.clamp, read.argmax)
     drawn = mx.where(block.greedy[:, None], read.argmax, read.drawn)
     accepted = accept(read.entropy, block.bound, free)
-    canvas = _given(block.clamp, mx.where(accepted, drawn, renoise))
+    canvas = _given(block.clamp, mx.where(accepted, drawn, moment.renoise))
     same = (argmax == before.argmax).all(-1) & (at > 0)
     run = mx.where(same, before.run + 1, 0)
     stop = (run >= block.stability) & confident(read.entropy, block.confidence, free)
@@ -209,29 +240,23 @@ def denoise(
         done,
         mx.where(before.done, before.steps, at + 1),
     )
-    return Carried(*view, run=run, soft=read.soft, packed=_pack(*view, read.flat))
+    return Carried(*view, run=run, soft=read.soft, packed=_pack(*view, mx.where(before.done, 0, read.flat)))
 
 
 def _read(
-    network: Network,
-    hidden: mx.array,
-    temperature: mx.array,
-    uniform: mx.array,
-    bias: Bias | None,
-    before: Carried,
-    saving: Saving,
+    network: Network, hidden: mx.array, moment: Moment, bias: Bias | None, before: Carried, saving: Saving
 ) -> Reading:
     """What the vocabulary says of every position; a tail that is held keeps what it had."""
     head = saving.rows
     if head is None or before.soft is None:
-        return read_canvas(network, hidden, temperature, uniform, bias, saving.dense_rows)
+        return read_canvas(network, hidden, moment.temperature, moment.draw, bias, saving.dense)
     read = read_canvas(
         network,
         hidden[:, :head],
-        temperature,
-        uniform[:, :head],
+        moment.temperature,
+        moment.draw[:, :head],
         None if bias is None else first(bias, head, hidden.shape[1]),
-        saving.dense_rows,
+        saving.dense,
     )
 
     def whole(new: mx.array, old: mx.array) -> mx.array:
@@ -239,7 +264,7 @@ def _read(
 
     return Reading(
         argmax=whole(read.argmax, before.argmax),
-        drawn=whole(read.drawn, before.canvas),
+        drawn=whole(read.drawn, before.argmax),
         entropy=whole(read.entropy, before.entropy),
         confidence=whole(read.confidence, before.confidence),
         soft=whole(read.soft, before.soft),

@@ -31,16 +31,16 @@ def trial(config: ModelConfig, weights: Weights, *, survivors: bool) -> Callable
     layers, canvas = one_of_each(config.text), min(CANVAS, config.canvas_length)
     config = dataclasses.replace(config, text=only(config.text, layers), canvas_length=canvas)
     matrices, arrays = renamed(weights.matrices, layers), renamed(weights.arrays, layers)
-    saving = Saving(dense_rows=canvas // 2 if survivors else None)
+    saving = Saving(dense=0.5 if survivors else None)
 
     def run(ops: Ops) -> None:
         network = Network(config.text, matrices, arrays, DTYPES[weights.dtype], ops)
         model = MLXModel(config, network, weights)
         tokens = np.random.default_rng(1).integers(0, config.text.vocab_size, (1, canvas))
         state = model.begin(model.encode(tokens), [CanvasSpec(GenerationConfig(), seed=1)])
-        carried = state.carried
+        block, carried = state.block, state.carried
         for at in range(2):
-            carried = denoise(network, state.block.settings, state.block.prefix, carried, mx.array(at), saving)
+            carried = denoise(network, block.settings, block.prefix, carried, block.schedule.at(at), saving)
             mx.eval(carried.packed, carried.soft)
 
     return run

@@ -6,6 +6,7 @@ one tanh and one exp (two in bfloat16, whose soft embedding starts from rounded 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,25 +45,25 @@ def read_canvas(
     temperature: mx.array,
     uniform: mx.array,
     bias: Bias | None = None,
-    dense_rows: int | None = None,
+    dense: float | None = None,
 ) -> Reading:
     """``hidden`` [B, C, D] after the last norm, ``temperature`` float32 [B], ``uniform`` float32 [B, C]; ``bias`` has
     B * C positions.
 
     Args:
-        dense_rows: ``None`` makes every soft embedding of all ids. A number makes those of survivors, but of all ids
-            in that many rows of each slice, those with the most survivors.
+        dense: ``None`` makes every soft embedding of all ids. A number makes those of survivors, but of all ids in
+            that share of the rows of each slice, those with the most survivors.
     """
     rows, length, _ = hidden.shape
     x, level, draws = hidden.flatten(0, 1), mx.repeat(temperature, length), uniform.flatten()
-    width = bytes_each(network.ops, network.dtype, survivors=dense_rows is not None)
+    width = bytes_each(network.ops, network.dtype, survivors=dense is not None)
     parts: list[list[mx.array]] = []
     for start, stop in slices(rows * length, network.config.vocab_size, width):
         at = slice(start, stop)
         # The dependency keeps the scheduler from starting all slices at once, which would hold all their logits.
         mine = mx.depends([x[at]], parts[-1])[0] if parts else x[at]
         shape = {"temperature": level[at], "bias": None if bias is None else bias.rows(at)}
-        parts.append(_read_rows(network, mine, draws[at], shape, dense_rows))
+        parts.append(_read_rows(network, mine, draws[at], shape, dense))
     whole = [mx.concatenate(list(part)) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)]
     fields = [x.reshape(rows, length, *x.shape[1:]) for x in whole]
     fields[-1] = fields[-1].sum(-1).astype(mx.int32)
@@ -95,23 +96,23 @@ def slices(rows: int, vocab_size: int, bytes_each: int = 0) -> list[tuple[int, i
 
 
 def _read_rows(
-    network: Network, hidden: mx.array, uniform: mx.array, shape: dict[str, Any], dense_rows: int | None
+    network: Network, hidden: mx.array, uniform: mx.array, shape: dict[str, Any], dense: float | None
 ) -> list[mx.array]:
     """The fields of ``Reading`` for rows [N, D], ``flat`` as bool [N]; ``shape`` has temperature [N] and bias."""
     logits, cap = network.table.apply(hidden), network.config.final_logit_softcapping
-    keep = 0 if dense_rows is None else CAP
+    keep = 0 if dense is None else CAP
     seen = network.ops.look(logits, cap, uniform=uniform, keep=keep, **shape)
     flat = mx.zeros(len(logits), mx.bool_) if seen.count is None else seen.count > CAP
-    if dense_rows is None or dense_rows >= len(logits):
+    if dense is None or dense >= 1:
         soft = _dense(network, logits, shape, seen)
     else:
-        soft = _mixed(network, logits, shape, seen, dense_rows)
+        soft = _mixed(network, logits, shape, seen, math.ceil(dense * len(logits)))
     return [seen.argmax, seen.drawn, seen.entropy, seen.confidence, soft * network.scale, flat]
 
 
 def _dense(network: Network, logits: mx.array, shape: dict[str, Any], seen: Seen) -> mx.array:
     """[N, D] of all ids. Weights in float32, where they are at hand, are divided after the product: a pass less."""
-    if seen.weight is not None and network.dtype == mx.float32:
+    if seen.weight is not None and network.dtype == mx.float32 and network.ops.odds is odds_ops:
         return network.table.combine(seen.weight) / seen.total[:, None]
     cap = network.config.final_logit_softcapping
     return network.table.combine(network.ops.odds(logits, cap, seen=seen, **shape))

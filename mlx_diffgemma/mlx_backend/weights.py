@@ -14,7 +14,8 @@ from ..formats import Checkpoint
 from ..formats.encoding import GROUPS, WIDTHS, Encoded
 from ..formats.stored import Stored
 from ..tensors import VISION
-from .linear import Dense, Linear, Quantized, on_cpu
+from .kernels.elementary import on_cpu
+from .linear import Dense, Linear, Quantized
 from .remarks import remarks
 
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}

@@ -62,8 +62,8 @@ def step_overhead(mlx, cache) -> int:
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_does_not_copy_the_prefix(rows, compiled):
-    """Canvas of 2, 4 heads: all scores at once, twice and as weights, take less than the keys of one layer."""
-    plain = load_model(tiny.checkpoint(canvas_length=2), "mlx", "float32")
+    """Canvas of 1, 4 heads: all scores at once, twice and as weights, take less than the keys of one layer."""
+    plain = load_model(tiny.checkpoint(canvas_length=1), "mlx", "float32")
     mlx = MLXModel(plain.config, plain.network, plain.weights, compiled=compiled)
     length = 8000
     lengths = np.array([length, length - 100])[:rows]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_diffgemma import load, stream_generate
 from mlx_diffgemma.backend import CanvasSpec, Masks
 from mlx_diffgemma.config import GenerationConfig
+from mlx_diffgemma.events import Finished
+from mlx_diffgemma.formats import open_checkpoint
+from mlx_diffgemma.mlx_backend import load as load_mlx
 from mlx_diffgemma.mlx_backend import step
 from mlx_diffgemma.mlx_backend.cache import rounded_up, visible_slots
 from mlx_diffgemma.mlx_backend.compiled import Compiled, join, split
@@ -53,6 +60,91 @@ def test_what_is_compiled_is_of_no_request(folder):
     for length, traces in ((64, 4), (9, 6), (65, 8), (64, 8), (31, 8), (90, 8)):
         views(fast, np.array([length]), [CanvasSpec(SETTINGS, seed=9)], 3)
         assert fast.denoiser.function.traces == traces, length
+    views(fast, np.array([90]), [CanvasSpec(SETTINGS.replace(max_denoising_steps=5), seed=9)], 3)
+    assert fast.denoiser.function.traces == 8  # the cap on steps is no part of it
+
+
+def test_lengths_close_to_each_other_look_alike(folder):
+    """Whatever the prompt, the block and the buffers that came before: a size per quarter of a doubling."""
+    fast = compiled(load_model(folder, "mlx", "float32"))
+    for length in range(257, 319, 7):
+        views(fast, np.array([length]), [CanvasSpec(SETTINGS, seed=1)], 2)
+    assert fast.denoiser.function.traces == 2
+    views(fast, np.array([320]), [CanvasSpec(SETTINGS, seed=1)], 2)  # which fills its extent
+    assert fast.denoiser.function.traces == 4
+    cache = fast.encode(draw_ids(0, 1, 200))
+    for _ in range(12):  # blocks behind one prompt: 216 to 392 tokens
+        state = fast.begin(cache, [CanvasSpec(SETTINGS, seed=1)], commit=(draw_ids(1, 1, C), np.array([C])))
+        for _ in range(2):
+            state = fast.step(state)
+            fast.read(state)
+        del state
+    assert fast.denoiser.function.traces <= 12
+
+
+def test_bits_do_not_depend_on_who_was_there_before(folder):
+    """A row behind buffers that once held a longer one reads what it would read alone."""
+    fast = compiled(load_model(folder, "mlx", "float32"))
+    tokens, long = draw_ids(0, 1, 150), draw_ids(1, 1, 700)
+    both = np.zeros((2, 700), int)
+    both[0, :150], both[1] = tokens[0], long[0]
+    kept = fast.encode(both, lengths=np.array([150, 700])).select([0])
+
+    def first(cache) -> np.ndarray:
+        return fast.read(fast.step(fast.begin(cache, [CanvasSpec(SETTINGS, seed=4)]))).entropy
+
+    alone = fast.encode(tokens)
+    assert kept.layers[-1].capacity > alone.layers[-1].capacity
+    np.testing.assert_allclose(first(kept), first(alone), atol=1e-4)  # the prompt was read in a batch of another shape
+    extents = [
+        fast.denoiser.begin(cache, [CanvasSpec(SETTINGS, seed=4)]).block.prefix.visible for cache in (kept, alone)
+    ]
+    assert [x.extent for x in extents[0]] == [x.extent for x in extents[1]]
+
+
+def test_a_stream_may_be_read_from_any_thread():
+    """As a server does: every event in a thread of its own."""
+    plain, processor = load("demo", backend="mlx", dtype="float32")
+    fast = compiled(plain)
+
+    def told(model: MLXModel) -> list:
+        events, found, done = stream_generate(model, processor, "recite jack", seed=3, max_tokens=96), [], object()
+
+        def one() -> None:
+            found.append(next(events, done))
+
+        while not found or found[-1] is not done:
+            thread = threading.Thread(target=one)
+            thread.start()
+            thread.join()
+        return [event.tokens for event in found[:-1] if isinstance(event, Finished)]
+
+    assert told(fast) == told(plain) != []
+
+
+def test_a_model_takes_its_weights_along():
+    """Without the collector of cycles: what is dropped is gone, so that the next model finds room."""
+    gc.collect()
+    before = mx.get_active_memory()
+    gc.disable()
+    try:
+        plain = load_mlx(open_checkpoint(tiny.checkpoint()), dtype="float32")
+        model = compiled(plain)
+        del plain
+        views(model, np.array([30]), [CanvasSpec(SETTINGS, seed=1)], 3)
+        held = mx.get_active_memory() - before
+        del model
+        assert held > 10**6 and mx.get_active_memory() - before < held / 100
+    finally:
+        gc.enable()
+
+
+def test_the_oldest_compilation_is_let_go(monkeypatch):
+    monkeypatch.setattr("mlx_diffgemma.mlx_backend.compiled.MOST", 2)
+    fast = Compiled(lambda x, factor: x * factor)
+    for factor in (1, 2, 1, 3, 1, 2):
+        assert fast(mx.ones(2), factor).tolist() == [factor, factor]
+    assert fast.traces == 4 and len(fast._made) == 2
 
 
 def test_a_step_is_submitted_when_it_is_due(folder, monkeypatch):
@@ -73,12 +165,14 @@ def test_a_step_is_submitted_when_it_is_due(folder, monkeypatch):
     assert counts == [(1, 0), (2, 2), (3, 3), (4, 3), (4, 3)]  # the last step makes none, and a fourth is none
 
 
-def test_closing_early_costs_no_step(folder):
+def test_closing_early_costs_no_step(folder, monkeypatch):
     """What was made ahead and never asked for goes with its state."""
     fast = compiled(load_model(folder, "mlx", "float32"))
     cache = fast.encode(draw_ids(0, 1, 20))
+    submitted, evaluate = [], mx.async_eval
+    monkeypatch.setattr(step.mx, "async_eval", lambda *arrays: (submitted.append(arrays), evaluate(*arrays)))
     first = fast.step(fast.begin(cache, [CanvasSpec(SETTINGS, seed=1)]))
-    assert len(first.ahead) == 1
+    assert len(first.ahead) == 1 and len(submitted) == 2  # of the beginning and of one step
     fast.read(first)
     again = fast.step(fast.begin(cache, [CanvasSpec(SETTINGS, seed=1)]))
     np.testing.assert_array_equal(fast.read(again).canvas, fast.read(first).canvas)
@@ -128,9 +222,10 @@ def test_extents_are_rounded_up_to_four_sizes_per_doubling():
     assert all(size >= n for n, size in enumerate(sizes, 1))
     assert all(size - n < max(64, n / 4) for n, size in enumerate(sizes, 1))
     assert len({*sizes}) <= 4 + 4 * 5
-    seen = visible_slots(np.array([300, 20]), None, capacity=310)
-    assert (seen.extent, seen.held.tolist(), seen.every) == (310, [300, 20], False)
+    seen = visible_slots(np.array([300, 20]), None, rounded=True)
+    assert (seen.extent, seen.held.tolist(), seen.every) == (320, [300, 20], False)
     assert visible_slots(np.array([300, 20]), 15).every
+    assert visible_slots(np.array([900, 20]), 1000, rounded=True).extent == 1000
 
 
 def test_no_options_no_ahead(folder):

@@ -57,8 +57,8 @@ def test_nothing_is_left_out_unless_asked_for():
 
 def test_flat_rows_decide_how_many_are_dense():
     few = economy(rows=2, survivors=True)
-    assert few.saving().dense_rows == 2 * C  # nothing is known yet
-    for flat, dense in ((0, 0), (1, 8), (8, 8), (9, 32), (32, 32)):
+    assert few.saving().dense == 1  # nothing is known yet
+    for flat, dense in ((0, 0), (1, 0.25), (8, 0.25), (9, 1), (32, 1)):
         show(few, view([row(3)] * 2), flat)
         assert few.saving() == Saving(None, dense), flat
 
@@ -124,7 +124,7 @@ def test_a_view_that_is_read_again_teaches_nothing():
     held = economy(hold=True, survivors=True)
     for _ in range(5):
         held.learn(view([row(3)]), 1, 1)
-    assert held.saving() == Saving(None, 4)
+    assert held.saving() == Saving(None, 0.25)
     held.learn(view([row(3)]), 0, 2)
     held.learn(view([row(None)]), 9, 1)
     assert held.saving() == Saving(4, 0)
@@ -171,7 +171,7 @@ def test_held_positions_keep_what_they_had(folder):
     for _ in range(2):
         state = model.step(state)
     before = state.carried
-    args = (state.block.settings, state.block.prefix, before, step.mx.array(2))
+    args = (state.block.settings, state.block.prefix, before, state.block.schedule.at(2))
     part, whole = (step.denoise(model.network, *args, Saving(rows=rows)) for rows in (6, None))
     for name in ("argmax", "entropy", "confidence", "accepted"):
         found, old, full = (np.array(getattr(x, name)) for x in (part, before, whole))
@@ -204,7 +204,7 @@ def test_answers_stay_what_they_were(options, monkeypatch):
         expected = generate(*demo(), prompt, **every)
         found = generate(*demo(**options), prompt, **every)
         assert found.text == expected.text and found.tokens == expected.tokens, prompt
-    assert any(x.rows for x in seen) if "tail" in options else any(x.dense_rows == 0 for x in seen)
+    assert any(x.rows for x in seen) if "tail" in options else any(x.dense == 0 for x in seen)
 
 
 def test_in_a_batch_too():

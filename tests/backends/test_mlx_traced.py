@@ -64,7 +64,7 @@ def traced(ops, *, rows: int = 1, saving: Saving = WHOLE, rounded: bool = True) 
     network = Network(plain.config.text, plain.weights.matrices, plain.weights.arrays, mx.float32, ops)
     prefix = network.prefix(cache, model.config.canvas_length, rounded=rounded)
     leaves: list[mx.array] = []
-    skeleton = split((state.block.settings, prefix, state.carried, mx.array(state.at)), leaves)
+    skeleton = split((state.block.settings, prefix, state.carried, state.block.schedule.at(state.at)), leaves)
     nodes, inputs = [], []
 
     def note(node: dict) -> None:
@@ -134,7 +134,7 @@ def test_what_a_fused_step_launches():
     )
     assert counts["look"] == counts["odds"] == 1
     assert kernels_of(traced(PLAIN)[0]) == {}
-    survivors = kernels_of(traced(FUSED, saving=Saving(dense_rows=0))[0])
+    survivors = kernels_of(traced(FUSED, saving=Saving(dense=0.0))[0])
     assert survivors["survivors"] == 1 and "odds" not in survivors
     assert survivors["look_and_list"] == 1  # look, with the survivors' ids
     assert {*counts, *survivors, "geglu"} - {"look_and_list"} == {*KERNELS}

@@ -7,24 +7,17 @@ import dataclasses
 import functools
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from mlx_diffgemma import load, mlx_backend
 from mlx_diffgemma.api import generate
 from mlx_diffgemma.errors import BackendError, OptionError
-from mlx_diffgemma.formats import open_checkpoint
-from mlx_diffgemma.mlx_backend import load as load_mlx
 from mlx_diffgemma.mlx_backend.kernels import check, ops
 from mlx_diffgemma.mlx_backend.kernels.chip import chip_here
 from mlx_diffgemma.mlx_backend.kernels.choice import MATRICES
 from mlx_diffgemma.mlx_backend.kernels.launch import available, running_on
-from tests import tiny
-from tests.formats.quantized import quantized
 from tests.metal_cpu.runner import emulate
 from tests.metal_kernels.prompts import prompts
-
-BOUND = 1e-3  # logits of about 10, through six layers in float32
 
 
 @pytest.fixture
@@ -32,49 +25,6 @@ def metal(place):
     """Kernels run: on what stands for the GPU, or on the one there is."""
     with running_on(emulate) if place == "cpu-emulated" else contextlib.nullcontext():
         yield place
-
-
-@functools.cache
-def plain(folder, **options):
-    return load_mlx(open_checkpoint(folder), kernels="ops", **options)
-
-
-def compared(fused, truth, lengths, vocab: int) -> float:
-    """Both models' first step and a self-conditioned one, behind ragged rows; the largest difference of logits."""
-    random, want = np.random.default_rng(5), ("logits", "router")
-    rows, canvas = len(lengths), truth.config.canvas_length
-    tokens, ids = random.integers(0, vocab, (rows, max(lengths))), random.integers(0, vocab, (rows, canvas))
-    caches = [model.encode(tokens, lengths=np.array(lengths)) for model in (fused, truth)]
-    previous, worst = None, 0.0
-    for _ in range(2):
-        found, expected = (
-            model.inspect(cache, ids, previous=previous, want=want)
-            for model, cache in zip((fused, truth), caches, strict=True)
-        )
-        np.testing.assert_array_equal(found["router"], expected["router"])
-        np.testing.assert_allclose(found["logits"], expected["logits"], atol=BOUND, rtol=0)
-        np.testing.assert_array_equal(found["logits"].argmax(-1), expected["logits"].argmax(-1))
-        worst = max(worst, float(np.abs(found["logits"] - expected["logits"]).max()))
-        previous = expected["logits"] / np.float32(0.7)
-    return worst
-
-
-@pytest.mark.parametrize("lengths", [[5], [40, 16]])
-def test_logits(lengths, metal, record):
-    """Random weights at full strength, behind rows inside the window and beyond it."""
-    folder = tiny.checkpoint()
-    fused = load_mlx(open_checkpoint(folder), kernels="fused", dtype="float32")
-    worst = compared(fused, plain(folder, dtype="float32"), lengths, 512)
-    record(what=metal, kernels="all", difference=worst)
-
-
-@pytest.mark.parametrize("kind", ["affine4", "all affine4", "all nvfp4"])
-def test_quantized_weights(kind, metal):
-    """Their products are MLX's; rows of the table are gathered by a kernel."""
-    checkpoint = open_checkpoint(quantized(kind))
-    vocab = checkpoint.config.text.vocab_size
-    fused = load_mlx(checkpoint, kernels="fused", dtype="float32", self_conditioning="survivors")
-    compared(fused, load_mlx(checkpoint, kernels="ops", dtype="float32"), [9], vocab)
 
 
 def answers(count: int, **options) -> list[tuple]:

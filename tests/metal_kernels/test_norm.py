@@ -160,5 +160,5 @@ def test_threads_are_whole_simdgroups_that_cover_a_row():
     for width in (8, 37, 64, 128, 2112, 2816, 2817, 5376, 8192):
         piece = 4 if width % 4 == 0 else 1
         threads = row_threads(width, piece)
-        assert threads % 32 == 0 and 0 < threads <= 512
-    assert (row_threads(2816, 4), row_threads(5376, 4), row_threads(37, 1)) == (352, 448, 32)
+        assert threads % 32 == 0 and 0 < threads <= 384
+    assert (row_threads(2816, 4), row_threads(5376, 4), row_threads(37, 1)) == (352, 352, 32)

@@ -1,76 +1,174 @@
-"""What the operations of a traced MLX function read and write, chains of elementwise operations taken as one pass."""
+"""What the operations of a traced MLX function read and write, elementwise ones fused as ``mx.compile`` fuses them.
+
+Three rules: an elementwise result stays inside a pass if everything that reads it is in that pass and has its shape,
+else it is written; a view moves nothing, but a reshape of what does not lie in order copies it; a gather reads of its
+source as much as it takes. Copies that an operation makes for itself are unseen.
+"""
 
 from __future__ import annotations
 
+import io
 import math
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-VIEWS = {"Reshape", "Transpose", "ExpandDims", "Squeeze", "Flatten", "Unflatten", "Slice", "Split", "Broadcast"}
+VIEWS = {
+    "Reshape", "Transpose", "ExpandDims", "Squeeze", "Flatten", "Unflatten", "Slice", "Split", "Broadcast", "View",
+}  # fmt: skip
+RESHAPES = {"Reshape", "Flatten", "Unflatten"}
+GATHERS = {"Gather", "GatherAxis"}
 FUSED = {
     "AsType", "Add", "Subtract", "Multiply", "Divide", "Negative", "Tanh", "Exp", "Log", "Maximum", "Minimum",
-    "Select", "Equal", "Less", "LessEqual", "Greater", "GreaterEqual", "LogicalAnd", "LogicalOr", "Square",
+    "Select", "Equal", "NotEqual", "Less", "LessEqual", "Greater", "GreaterEqual", "LogicalAnd", "LogicalOr", "Square",
+    "BitwiseBinary",
 }  # fmt: skip
+DEEPEST = 11  # operations behind each other in one pass
+
+
+@dataclass
+class Node:
+    """An operation; ``inputs`` are those behind broadcasts, which are part of what reads them."""
+
+    name: str
+    inputs: list[str]
+    outputs: list[str]
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Graph:
+    """``size`` in bytes; ``base``: what a view looks at; ``results``: what must be written in any case."""
+
+    nodes: list[Node]
+    size: dict[str, int]
+    base: dict[str, str]
+    results: set[str]
+
+    def written(self, name: str) -> str:
+        while name in self.base:
+            name = self.base[name]
+        return name
 
 
 def bytes_of(function: Callable[..., Any], *arrays: mx.array, fuse: bool = True) -> int:
     """``function`` takes arrays and returns a list of arrays. ``fuse`` off counts every operation by itself."""
-    nodes: list[dict] = []
-    results: set[str] = set()
+    graph = traced(function, *arrays)
+    return moved(graph, groups(graph) if fuse else list(range(len(graph.nodes))))
 
-    def note(entry: dict) -> None:
-        if entry["type"] == "primitive":
-            nodes.append(entry)
-        elif entry["type"] == "outputs":
-            results.update(name for name, *_ in entry["outputs"])
+
+def traced(function: Callable[..., Any], *arrays: mx.array) -> Graph:
+    nodes: list[Node] = []
+    graph = Graph(nodes, {}, {}, set())
+    lies: dict[str, np.ndarray] = {}  # only its strides matter
+    spread: dict[str, str] = {}  # what a broadcast repeats
+
+    def note(entry: dict[str, Any]) -> None:
+        if entry["type"] == "outputs":
+            graph.results.update(name for name, *_ in entry["outputs"])
+        if entry["type"] != "primitive":
+            return
+        name, made = entry["name"], [(n, tuple(s), dtype.size) for n, s, dtype in entry["outputs"]]
+        for source, shape, dtype in entry["inputs"]:
+            graph.size.setdefault(source, math.prod(shape) * dtype.size)
+            lies.setdefault(source, np.empty(tuple(shape), np.int8))
+        inputs = [spread.get(source, source) for source, *_ in entry["inputs"]]
+        for output, shape, width in made:
+            graph.size[output] = math.prod(shape) * width
+        if name == "Broadcast":
+            spread[made[0][0]] = inputs[0]
+            return
+        if name in VIEWS and not _copies(name, lies[inputs[0]], made[0][1]):
+            for i, (output, shape, _) in enumerate(made):
+                graph.base[output] = inputs[0]
+                lies[output] = _view(name, lies[inputs[0]], shape, entry["arguments"], i)
+            return
+        for output, shape, _ in made:
+            lies[output] = np.empty(shape, np.int8)
+        nodes.append(Node(name, inputs, [output for output, *_ in made], made[0][1]))
 
     mx.export_function(note, function, *arrays)
-    source: dict[str, str] = {}  # what a view looks at; a broadcast has the size of what it repeats
-    part_of: dict[str, str] = {}  # a slice has a size of its own, but what it is cut from must have been written
-    size: dict[str, int] = {}
-    level: dict[str, int] = defaultdict(int)
-    real = []
-    for node in nodes:
-        for name, shape, dtype in (*node["inputs"], *node["outputs"]):
-            size.setdefault(name, math.prod(shape) * dtype.size)
-        inputs = [source.get(name, name) for name, *_ in node["inputs"]]
-        outputs = [name for name, *_ in node["outputs"]]
-        if node["name"] in VIEWS:
-            for name in outputs:
-                level[name] = level[inputs[0]]
-                (part_of if node["name"] in ("Slice", "Split") else source)[name] = inputs[0]
+    return graph
+
+
+def _copies(name: str, source: np.ndarray, shape: tuple[int, ...]) -> bool:
+    return name in RESHAPES and source.size > 0 and not np.shares_memory(source, source.reshape(shape))
+
+
+def _view(name: str, source: np.ndarray, shape: tuple[int, ...], arguments: list[Any], which: int) -> np.ndarray:
+    if name == "Transpose":
+        return source.transpose(arguments[0])
+    if name == "Slice":
+        return source[tuple(slice(*at) for at in zip(*arguments, strict=True))]
+    if name == "Split":
+        indices, axis = arguments
+        return np.split(source, indices, axis)[which]
+    return source.reshape(shape)
+
+
+def groups(graph: Graph) -> list[int]:
+    """For every operation the pass that it is in, named by its last one."""
+    readers: dict[str, list[int]] = defaultdict(list)
+    for i, node in enumerate(graph.nodes):
+        for name in node.inputs:
+            readers[name].append(i)
+    seen = {graph.written(name) for name in graph.base} | graph.results
+    found, depth = list(range(len(graph.nodes))), [0] * len(graph.nodes)
+    for i in reversed(range(len(graph.nodes))):
+        node = graph.nodes[i]
+        (output, *more) = node.outputs
+        after = readers[output]
+        if node.name not in FUSED or more or output in seen or not after:
             continue
-        elementwise = fuse and node["name"] in FUSED
-        depth = max((level[name] for name in inputs), default=0)
-        for name in outputs:
-            level[name] = depth if elementwise else depth + 1
-        real.append((elementwise, inputs, outputs))
-    return _moved(real, {source.get(name, name) for name in results}, size, level, part_of)
+        passes = {found[j] for j in after}
+        deep = 1 + max(depth[j] for j in after)
+        fits = all(graph.nodes[j].name in FUSED and graph.nodes[j].shape == node.shape for j in after)
+        if fits and len(passes) == 1 and deep < DEEPEST:
+            (found[i],), depth[i] = passes, deep
+    return found
 
 
-def _moved(real: list, results: set[str], size: dict[str, int], level: dict[str, int], part_of: dict[str, str]) -> int:
-    """Of operations as (elementwise, inputs, outputs): elementwise ones of one level that touch are one pass."""
-    made_by = {name: i for i, (_, _, outputs) in enumerate(real) for name in outputs}
-    group = list(range(len(real)))
+def moved(graph: Graph, found: list[int]) -> int:
+    """Bytes read and written when the operations of one pass keep to themselves what only they read."""
+    made = {name: i for i, node in enumerate(graph.nodes) for name in node.outputs}
+    reads: dict[int, dict[str, int]] = defaultdict(dict)
+    for i, node in enumerate(graph.nodes):
+        for j, name in enumerate(node.inputs):
+            if name in made and found[made[name]] == found[i] and made[name] != i:
+                continue
+            gathered = node.name in GATHERS and j == 0
+            reads[found[i]][name] = graph.size[node.outputs[0]] if gathered else graph.size[name]
+    needed = {graph.written(name) for names in reads.values() for name in names}
+    needed |= {graph.written(name) for name in graph.results}
+    return sum(sum(names.values()) for names in reads.values()) + sum(graph.size[n] for n in needed if n in made)
 
-    def root(i: int) -> int:
-        while group[i] != i:
-            i = group[i]
-        return i
 
-    for i, (elementwise, inputs, outputs) in enumerate(real):
-        for name in inputs:
-            before = made_by.get(name)
-            if before is not None and elementwise and real[before][0] and level[name] == level[outputs[0]]:
-                group[root(i)] = root(before)
-    reads: dict[int, set[str]] = defaultdict(set)
-    for i, (_, inputs, _) in enumerate(real):
-        reads[root(i)].update(name for name in inputs if name not in made_by or root(made_by[name]) != root(i))
-    needed = set().union(*reads.values()) | results
-    needed |= {part_of[name] for name in needed & part_of.keys()}
-    read = sum(size[name] for names in reads.values() for name in names)
-    written = sum(size[name] for _, _, outputs in real for name in outputs if name in needed)
-    return read + written
+# ---- MLX's own word on what is fused
+
+
+def passes_of(function: Callable[..., Any], *arrays: mx.array) -> Counter[str]:
+    """The passes of two operations and more, by what is in them."""
+    graph = traced(function, *arrays)
+    inside: dict[int, list[str]] = defaultdict(list)
+    for i, at in enumerate(groups(graph)):
+        inside[at].append(graph.nodes[i].name)
+    return Counter(" ".join(sorted(names)) for names in inside.values() if len(names) > 1)
+
+
+def compiled_passes(function: Callable[..., Any], *arrays: mx.array) -> Counter[str]:
+    """The same of the graph that ``mx.compile`` makes; broadcasts are left out of both."""
+    file = io.StringIO()
+    mx.export_to_dot(file, *mx.compile(function)(*arrays))
+    found: Counter[str] = Counter()
+    for label in re.findall(r'label ="Compiled(\w+)"', file.getvalue()):
+        names = re.findall(r"BitwiseAnd|BitwiseOr|BitwiseXor|LeftShift|RightShift|[A-Z][a-z]+(?:Equal|Type|And|Or)?", label)
+        kept = ["BitwiseBinary" if n.startswith("Bitwise") or n.endswith("Shift") else n for n in names]
+        kept = [name for name in kept if name != "Broadcast"]
+        if len(kept) > 1:
+            found[" ".join(sorted(kept))] += 1
+    return found

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .elementary import softmax
 from .launch import Kernel
 
 MOST_COLUMNS = 512
@@ -53,10 +54,10 @@ def canvas_attention_ops(
         if not visible.every:
             seen = mx.arange(extent) < visible.held[:, None, None, None]
             past = mx.where(seen, past, mx.array(-mx.inf, past.dtype))
-        odds = mx.softmax(mx.concatenate([past, scores], -1), -1, precise=True)
+        odds = softmax(mx.concatenate([past, scores], -1))
         out = mx.addmm(odds[..., extent:] @ v, odds[..., :extent], past_v)
     else:
-        out = mx.softmax(scores, -1, precise=True) @ v
+        out = softmax(scores) @ v
     return out.reshape(rows, heads, canvas, dim).swapaxes(1, 2).flatten(2)
 
 
@@ -64,7 +65,6 @@ def canvas_attention_ops(
 
 # A lane holds two neighbours of an 8 x 8 matrix, at (y, x) and (y, x + 1): the layout that MLX's own kernels rely on.
 HEADER = """
-#define UNROLLED _Pragma("clang loop unroll(full)")
 
 // 8 x 8 of rows ``stride`` apart; rows from ``count`` on are not read, and zero.
 template <typename T>
@@ -73,7 +73,7 @@ METAL_FUNC void load_rows(
   if (count >= 8) {
     simdgroup_load(to, from, stride);
   } else {
-    for (int e = 0; e < 2; e++) to.thread_elements()[e] = y < count ? from[y * stride + x + e] : T(0);
+    UNROLLED for (int e = 0; e < 2; e++) to.thread_elements()[e] = y < count ? from[y * stride + x + e] : T(0);
   }
 }
 
@@ -81,7 +81,7 @@ METAL_FUNC void load_rows(
 template <typename T>
 METAL_FUNC void load_columns(
     thread simdgroup_matrix<T, 8, 8>& to, const device T* from, int stride, int count, int y, int x) {
-  for (int e = 0; e < 2; e++) to.thread_elements()[e] = x + e < count ? from[(x + e) * stride + y] : T(0);
+  UNROLLED for (int e = 0; e < 2; e++) to.thread_elements()[e] = x + e < count ? from[(x + e) * stride + y] : T(0);
 }
 """
 

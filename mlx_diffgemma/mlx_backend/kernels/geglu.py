@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from .elementary import tanh
 from .launch import Kernel
 
 THREADS = 256
@@ -30,7 +31,7 @@ def gelu_tanh(x: mx.array) -> mx.array:
     """GELU in its tanh form, computed in float32 and rounded once."""
     y = x.astype(mx.float32)
     cubic = 0.7978845608028654 * (y + 0.044715 * (y * y * y))
-    return (0.5 * y * (1 + mx.tanh(cubic))).astype(x.dtype)
+    return (0.5 * y * (1 + tanh(cubic))).astype(x.dtype)
 
 
 def geglu_ops(gate: mx.array, up: mx.array | None = None) -> mx.array:

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .elementary import exp
 from .launch import Kernel
 from .logits import HEADER, SHAPE, Bias, rounded, shape_inputs, shape_template, shaped, vector
 from .look_text import DRAW, LOOK_HEADER, SURVIVE, WEIGH
@@ -65,7 +66,7 @@ def look_ops(
     y = shaped(logits, cap, temperature, bias)
     top = y.max(-1, keepdims=True)
     shifted = y - top
-    weight = mx.exp(shifted)
+    weight = exp(shifted)
     runs = weight.reshape(len(weight), -1, run_length(weight.shape[-1]))
     upto = mx.cumsum(runs.sum(-1), -1)
     total = upto[:, -1:]
@@ -75,7 +76,7 @@ def look_ops(
     if logits.dtype != mx.float32:
         greatest = rounded(top, logits.dtype)
         low_shifted = rounded(y, logits.dtype) - greatest
-        low_weight = mx.exp(low_shifted)
+        low_weight = exp(low_shifted)
         low_total = low_weight.sum(-1, keepdims=True)
     near = low_shifted >= -REACH
     return Seen(
@@ -95,7 +96,7 @@ def odds_ops(logits: mx.array, cap: float | None, *, temperature: mx.array, bias
     """[N, V] probabilities in the dtype of ``logits``; the arguments are those of ``look``, which gave ``seen``."""
     weight = seen.weight
     if weight is None:
-        weight = mx.exp(rounded(shaped(logits, cap, temperature, bias), logits.dtype) - seen.greatest[:, None])
+        weight = exp(rounded(shaped(logits, cap, temperature, bias), logits.dtype) - seen.greatest[:, None])
     return (weight / seen.total[:, None]).astype(logits.dtype)
 
 
@@ -129,7 +130,7 @@ def draw(runs: mx.array, upto: mx.array, uniform: mx.array) -> mx.array:
 
 # ---- kernels
 
-GROUPS = 16  # simdgroups that share a row
+GROUPS = 8  # simdgroups that share a row: 256 threads, which every pipeline takes
 SPAN, SPANS = 256, 1024  # ids that a simdgroup takes at a time, and most of them in a row, whose sums are kept
 SPREAD = 256  # threads of the second kernel that stand together
 
@@ -150,7 +151,7 @@ ODDS = Kernel(
     const float heat = temperature[row], limit = cap[0], most = greatest[row], whole = total[row];
     const Several<T, VEC> loaded = *(const device Several<T, VEC>*)(logits + at);
     Several<T, VEC> made;
-    for (uint e = 0; e < VEC; e++) {
+    UNROLLED for (uint e = 0; e < VEC; e++) {
         const float y = shaped<CAPPED, BIASED>(float(loaded.at[e]), id + e, limit, heat, classes, added);
         made.at[e] = T(weight_of(rounded<T>(y) - most) / whole);
     }

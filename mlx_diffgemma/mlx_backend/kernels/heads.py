@@ -71,9 +71,9 @@ SOURCE = """
     load_row<HALF, PIECE, 32>(c, cos + turn, lane);
     load_row<HALF, PIECE, 32>(s, sin + turn, lane);
     float sum = 0;
-    for (int i = 0; i < HELD; i++) sum += a[i] * a[i] + b[i] * b[i];
+    UNROLLED for (int i = 0; i < HELD; i++) sum += a[i] * a[i] + b[i] * b[i];
     const float inverse = metal::precise::rsqrt(metal::simd_sum(sum) / float(DIM) + numbers[0]);
-    for (int i = 0; i < HELD; i++) {
+    UNROLLED for (int i = 0; i < HELD; i++) {
       a[i] *= inverse;
       b[i] *= inverse;
     }
@@ -82,7 +82,7 @@ SOURCE = """
       store_row<HALF, PIECE, 32>(values + there + HALF, b, lane);
     }
     if (value) return;
-    for (int i = 0; i < HELD; i++) {
+    UNROLLED for (int i = 0; i < HELD; i++) {
       const float x = rounded<T>(a[i] * w_a[i]), y = rounded<T>(b[i] * w_b[i]);
       a[i] = rounded<T>(x * c[i]) - rounded<T>(y * s[i]);
       b[i] = rounded<T>(y * c[i]) + rounded<T>(x * s[i]);

@@ -10,6 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
+# An array that a rolled loop indexes lives in memory, and Apple's compiler does not unroll by itself.
+PRELUDE = '#define UNROLLED _Pragma("clang loop unroll(full)")\n'
 Shape = Sequence[int]
 Runner = Callable[..., list[mx.array]]
 _runner: Runner | None = None
@@ -21,7 +23,8 @@ class Kernel:
 
     Args:
         inputs, outputs: names, in the order of the arguments.
-        source: what stands between the braces. header: functions and structs that it uses.
+        source: what stands between the braces. header: functions and structs that it uses. Both may mark a short loop
+            over an array of a thread as UNROLLED.
     """
 
     name: str
@@ -32,7 +35,7 @@ class Kernel:
 
     @functools.cached_property
     def made(self) -> Runner:
-        kernel: Any = mx.fast.metal_kernel(self.name, self.inputs, self.outputs, self.source, self.header)
+        kernel: Any = mx.fast.metal_kernel(self.name, self.inputs, self.outputs, self.source, PRELUDE + self.header)
         return kernel
 
     def __call__(

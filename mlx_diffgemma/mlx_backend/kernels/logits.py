@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...sampling.bans import LOWEST, NEVER, classes_of_bans
+from .elementary import tanh
 
 __all__ = [
     "HEADER",
@@ -87,7 +88,7 @@ def bias_of_bans(bans: Sequence[tuple[Sequence[int], int]], length: int, vocab_s
 
 
 def softcap(raw: mx.array, cap: float | None) -> mx.array:
-    return raw if cap is None else mx.tanh(raw / cap) * cap
+    return raw if cap is None else tanh(raw / cap) * cap
 
 
 def shaped(logits: mx.array, cap: float | None, temperature: mx.array, bias: Bias | None) -> mx.array:

@@ -17,15 +17,15 @@ template <typename T, int V, int SPAN, int VEC, bool CAPPED, bool BIASED, typena
 METAL_FUNC void span_of(
     thread float* y, const device T* x, uint start, uint lane, float cap, float temperature, C classes, W values
 ) {
-    for (uint step = 0; step < SPAN / (32 * VEC); step++) {
+    UNROLLED for (uint step = 0; step < SPAN / (32 * VEC); step++) {
         const uint id = start + (step * 32 + lane) * VEC;
         if (id < V) {
             const Several<T, VEC> loaded = *(const device Several<T, VEC>*)(x + id);
-            for (uint e = 0; e < VEC; e++)
+            UNROLLED for (uint e = 0; e < VEC; e++)
                 y[step * VEC + e] =
                     shaped<CAPPED, BIASED>(float(loaded.at[e]), id + e, cap, temperature, classes, values);
         } else {
-            for (uint e = 0; e < VEC; e++) y[step * VEC + e] = -INFINITY;
+            UNROLLED for (uint e = 0; e < VEC; e++) y[step * VEC + e] = -INFINITY;
         }
     }
 }
@@ -55,7 +55,7 @@ WEIGH = """
     for (uint span = group; span < SPANS; span += GROUPS) {
         span_of<T, V, SPAN, VEC, CAPPED, BIASED>(y, x, span * SPAN, lane, limit, heat, classes, added);
         float high = y[0];
-        for (uint i = 1; i < ITEMS; i++) high = metal::max(high, y[i]);
+        UNROLLED for (uint i = 1; i < ITEMS; i++) high = metal::max(high, y[i]);
         high = simd_max(high);
         if (high > top || span == group) {
             const float moved = near(top - high), scale = weight_of(moved);
@@ -66,12 +66,12 @@ WEIGH = """
             top = high;
             low_top = low_high;
             uint id = NONE;
-            for (uint i = ITEMS; i-- > 0;)
+            UNROLLED for (uint i = ITEMS; i-- > 0;)
                 if (y[i] == high) id = span * SPAN + (i / VEC * 32 + lane) * VEC + i % VEC;
             best = simd_min(id);
         }
         float here = 0;
-        for (uint i = 0; i < ITEMS; i++) {
+        UNROLLED for (uint i = 0; i < ITEMS; i++) {
             const float shifted = near(y[i] - top), weight = metal::precise::exp(shifted);
             here += weight;
             moment += weight * shifted;
@@ -174,7 +174,7 @@ DRAW = """
         if (chosen == NONE) chosen = uint(end);
         span_of<T, V, SPAN, VEC, CAPPED, BIASED>(y, x, chosen * SPAN, lane, limit, heat, classes, added);
         float inner = 0;
-        for (uint i = 0; i < ITEMS; i++) {
+        UNROLLED for (uint i = 0; i < ITEMS; i++) {
             y[i] = weight_of(y[i] - peak[chosen]);
             inner += y[i];
         }
@@ -182,12 +182,12 @@ DRAW = """
         float before = 0;
         uint id = NONE;
         int ending = -1;
-        for (uint step = 0; step < STEPS; step++) {
+        UNROLLED for (uint step = 0; step < STEPS; step++) {
             float lane_sum = 0;
-            for (uint e = 0; e < VEC; e++) lane_sum += y[step * VEC + e];
+            UNROLLED for (uint e = 0; e < VEC; e++) lane_sum += y[step * VEC + e];
             float at = before + simd_prefix_exclusive_sum(lane_sum);
             before += simd_sum(lane_sum);
-            for (uint e = 0; e < VEC; e++) {
+            UNROLLED for (uint e = 0; e < VEC; e++) {
                 const float weight = y[step * VEC + e];
                 const uint here = chosen * SPAN + (step * 32 + lane) * VEC + e;
                 at += weight;
@@ -210,7 +210,7 @@ SURVIVE = """
         uint some = 0;
         if (rounded<T>(peak[span]) - low_most >= -REACH) {
             span_of<T, V, SPAN, VEC, CAPPED, BIASED>(y, x, span * SPAN, lane, limit, heat, classes, added);
-            for (uint i = 0; i < ITEMS; i++) some += y[i] > -INFINITY && rounded<T>(y[i]) - low_most >= -REACH;
+            UNROLLED for (uint i = 0; i < ITEMS; i++) some += y[i] > -INFINITY && rounded<T>(y[i]) - low_most >= -REACH;
             some = simd_sum(some);
         }
         if (lane == 0) counts[span] = some;
@@ -241,15 +241,15 @@ SURVIVE = """
         if (listed == 0 || rounded<T>(peak[span]) - low_most < -REACH) continue;
         span_of<T, V, SPAN, VEC, CAPPED, BIASED>(y, x, span * SPAN, lane, limit, heat, classes, added);
         uint to = counts[span];
-        for (uint step = 0; step < STEPS; step++) {
+        UNROLLED for (uint step = 0; step < STEPS; step++) {
             uint here = 0;
-            for (uint e = 0; e < VEC; e++) {
+            UNROLLED for (uint e = 0; e < VEC; e++) {
                 const float its = y[step * VEC + e];
                 here |= uint(its > -INFINITY && rounded<T>(its) - low_most >= -REACH) << e;
             }
             uint at = to + simd_prefix_exclusive_sum(metal::popcount(here));
             to += simd_sum(metal::popcount(here));
-            for (uint e = 0; e < VEC; e++)
+            UNROLLED for (uint e = 0; e < VEC; e++)
                 if (here >> e & 1) ids[size_t(row) * KEEP + at++] = int(span * SPAN + (step * 32 + lane) * VEC + e);
         }
     }

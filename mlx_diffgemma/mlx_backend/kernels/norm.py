@@ -87,7 +87,7 @@ def after_experts_ops(
 
 # ---- kernels
 
-MOST_THREADS = 512  # per row; a thread holds three rows' worth of its pieces, so more would be short of registers
+MOST_THREADS = 384  # per row, which every pipeline takes; a thread holds three rows' worth of its pieces
 PER_THREAD = 8  # values, where that gives no more threads than that: 352 threads at 2,816
 HEADER = """
 // N neighbouring values, read and written as one.
@@ -99,20 +99,20 @@ struct alignas(N * sizeof(T)) Piece {
 // The pieces of a row [WIDTH] that thread ``me`` holds, in float32: every one in THREADS. Zeros past the end.
 template <int WIDTH, int PIECE, int THREADS, int HELD, typename T>
 METAL_FUNC void load_row(thread float (&x)[HELD], const device T* row, uint me) {
-  for (int i = 0; i < HELD; i += PIECE) {
+  UNROLLED for (int i = 0; i < HELD; i += PIECE) {
     const int at = i * THREADS + int(me) * PIECE;
     Piece<T, PIECE> piece = {};
     if (at < WIDTH) piece = *(const device Piece<T, PIECE>*)(row + at);
-    for (int j = 0; j < PIECE; j++) x[i + j] = float(piece.of[j]);
+    UNROLLED for (int j = 0; j < PIECE; j++) x[i + j] = float(piece.of[j]);
   }
 }
 
 template <int WIDTH, int PIECE, int THREADS, int HELD, typename T>
 METAL_FUNC void store_row(device T* row, thread const float (&x)[HELD], uint me) {
-  for (int i = 0; i < HELD; i += PIECE) {
+  UNROLLED for (int i = 0; i < HELD; i += PIECE) {
     const int at = i * THREADS + int(me) * PIECE;
     Piece<T, PIECE> piece;
-    for (int j = 0; j < PIECE; j++) piece.of[j] = T(x[i + j]);
+    UNROLLED for (int j = 0; j < PIECE; j++) piece.of[j] = T(x[i + j]);
     if (at < WIDTH) *(device Piece<T, PIECE>*)(row + at) = piece;
   }
 }
@@ -126,7 +126,7 @@ METAL_FUNC float rounded(float x) {
 template <int HELD>
 METAL_FUNC void leave_squares(threadgroup float* parts, thread const float (&x)[HELD], uint group, uint lane) {
   float sum = 0;
-  for (int i = 0; i < HELD; i++) sum += x[i] * x[i];
+  UNROLLED for (int i = 0; i < HELD; i++) sum += x[i] * x[i];
   sum = metal::simd_sum(sum);
   if (lane == 0) parts[group] = sum;
 }
@@ -161,7 +161,7 @@ AFTER_ATTENTION = Kernel(
     leave_squares(parts[0], y, group, lane);
     metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
     const float attended = inverse_rms<WIDTH, THREADS / 32>(parts[0], eps, lane);
-    for (int i = 0; i < HELD; i++) x[i] = rounded<T>(x[i] + rounded<T>(y[i] * attended * a[i]));
+    UNROLLED for (int i = 0; i < HELD; i++) x[i] = rounded<T>(x[i] + rounded<T>(y[i] * attended * a[i]));
     store_row<WIDTH, PIECE, THREADS>(stream + start, x, me);
     load_row<WIDTH, PIECE, THREADS>(a, pre_feedforward, me);
     load_row<WIDTH, PIECE, THREADS>(b, pre_feedforward_2, me);
@@ -169,7 +169,7 @@ AFTER_ATTENTION = Kernel(
     leave_squares(parts[1], x, group, lane);
     metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
     const float of_stream = inverse_rms<WIDTH, THREADS / 32>(parts[1], eps, lane);
-    for (int i = 0; i < HELD; i++) {
+    UNROLLED for (int i = 0; i < HELD; i++) {
       const float bare = x[i] * of_stream;
       a[i] = bare * a[i];
       b[i] = bare * b[i];
@@ -200,20 +200,20 @@ AFTER_EXPERTS = Kernel(
     metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
     const float of_dense = inverse_rms<WIDTH, THREADS / 32>(parts[0], eps, lane);
     const float of_experts = inverse_rms<WIDTH, THREADS / 32>(parts[1], eps, lane);
-    for (int i = 0; i < HELD; i++)
+    UNROLLED for (int i = 0; i < HELD; i++)
       y[i] = rounded<T>(rounded<T>(y[i] * of_dense * a[i]) + rounded<T>(z[i] * of_experts * b[i]));
     load_row<WIDTH, PIECE, THREADS>(a, post_both, me);
     leave_squares(parts[2], y, group, lane);
     metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
     const float of_both = inverse_rms<WIDTH, THREADS / 32>(parts[2], eps, lane);
-    for (int i = 0; i < HELD; i++)
+    UNROLLED for (int i = 0; i < HELD; i++)
       x[i] = rounded<T>(rounded<T>(x[i] + rounded<T>(y[i] * of_both * a[i])) * factor);
     store_row<WIDTH, PIECE, THREADS>(stream + start, x, me);
     load_row<WIDTH, PIECE, THREADS>(b, following, me);
     leave_squares(parts[3], x, group, lane);
     metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
     const float of_stream = inverse_rms<WIDTH, THREADS / 32>(parts[3], eps, lane);
-    for (int i = 0; i < HELD; i++) x[i] = x[i] * of_stream * b[i];
+    UNROLLED for (int i = 0; i < HELD; i++) x[i] = x[i] * of_stream * b[i];
     store_row<WIDTH, PIECE, THREADS>(normed + start, x, me);
     """,
 )

@@ -86,7 +86,7 @@ KERNEL = Kernel(
     const auto added = values + row * KINDS;
     const float heat = temperature[row], limit = cap[0], most = greatest[row], whole = total[row];
     float sum[PER];
-    for (uint e = 0; e < PER; e++) sum[e] = 0;
+    UNROLLED for (uint e = 0; e < PER; e++) sum[e] = 0;
 
     // A row whose survivors are not listed has all its logits looked at. Ascending ids in any case.
     const bool listed = uint(count[row]) <= KEEP;
@@ -121,7 +121,7 @@ KERNEL = Kernel(
                 const size_t at = size_t(from) * D + column;
                 if (FORMAT == DENSE) {
                     const Several<W, PER> loaded = *(const device Several<W, PER>*)(weight + at);
-                    for (uint e = 0; e < PER; e++) sum[e] += odd * float(loaded.at[e]);
+                    UNROLLED for (uint e = 0; e < PER; e++) sum[e] += odd * float(loaded.at[e]);
                     continue;
                 }
                 // One word of codes, the first in the lowest bits, all of one group.
@@ -129,7 +129,7 @@ KERNEL = Kernel(
                 const float scale = scale_of<FORMAT>(scales[at / SIZE]);
                 const float bias = FORMAT == AFFINE ? float(biases[at / SIZE]) : 0;
                 const float outer = ROWED ? row_scale[from] : 1;
-                for (uint e = 0; e < PER; e++) {
+                UNROLLED for (uint e = 0; e < PER; e++) {
                     const uint code = word >> (e * BITS) & ((1u << BITS) - 1);
                     const float x = FORMAT == AFFINE ? scale * float(code) + bias : number<FORMAT>(code) * scale;
                     sum[e] += odd * (ROWED ? x * outer : x);
@@ -139,7 +139,7 @@ KERNEL = Kernel(
     }
     if (column >= D) return;
     Several<T, PER> made;
-    for (uint e = 0; e < PER; e++) made.at[e] = T(sum[e]);
+    UNROLLED for (uint e = 0; e < PER; e++) made.at[e] = T(sum[e]);
     *(device Several<T, PER>*)(out + size_t(row) * D + column) = made;
     """,
     header=TABLE_HEADER,
