@@ -19,7 +19,7 @@ test: .venv/.test .venv-bench/.ready
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --durations 10
 
 soak: .venv/.test
-	$(RUN) -m pytest -m soak
+	$(RUN) -m pytest -m "soak and not gpu and not metal"
 
 # Side by side with the peers, in a few minutes on a quiet machine. BENCH=--quick is what CI runs.
 bench: .venv/.test .venv-bench/.ready
@@ -55,7 +55,7 @@ lint: .venv/.test
 	.venv/bin/mypy
 
 clean:
-	rm -rf .venv .venv-bench dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/it")'

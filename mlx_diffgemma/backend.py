@@ -183,7 +183,10 @@ class Model(Protocol):
         ...
 
     def step(self, state: Any) -> Any:
-        """One denoising step, submitted and not waited for. Finished rows stay as they are."""
+        """One denoising step, submitted and not waited for. Finished rows stay as they are.
+
+        What a step may leave out, where that was asked for, is decided by the views read so far.
+        """
         ...
 
     def read(self, state: Any) -> CanvasView:

@@ -66,7 +66,7 @@ def parser() -> Parser:
         "--self-conditioning",
         choices=OFFERED["self_conditioning"][0],
         default="dense",
-        help="MLX: survivors is faster, not exact",
+        help="MLX: survivors leaves unlikely tokens out, which its kernel can use; not exact",
     )
     model.add_argument("--tail", choices=["hold"], help="MLX: compute no logits behind the end of the text")
     answer = parse.add_argument_group("answer", "Without an option the checkpoint's own value rules.")

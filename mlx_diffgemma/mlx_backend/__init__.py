@@ -29,7 +29,7 @@ __all__ = ["load", "memory", "plan"]
 
 
 def load(checkpoint: Checkpoint, *, device: str = "auto", dtype: str | None = None, **options: str) -> MLXModel:
-    """Read the text weights onto MLX's default device.
+    """Read the text weights onto MLX's default device. On a GPU this sets MLX's wired and cache limits (``residency``).
 
     Args:
         dtype: ``"bfloat16"`` or ``"float32"``; ``None`` keeps the checkpoint's.

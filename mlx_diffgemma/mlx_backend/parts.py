@@ -21,6 +21,8 @@ from ..config import GenerationConfig
 from .kernels.ops import Ops
 from .linear import Linear
 from .model import MLXModel
+from .network import Network
+from .step import State
 from .vocabulary import read_canvas
 
 STEPS = GenerationConfig(max_denoising_steps=2, confidence_threshold=None)
@@ -105,7 +107,12 @@ def timed(model: MLXModel, prompt: int, rounds: int) -> dict[str, dict[str, floa
     """
     notes, network, config = Notes(), model.network, model.config
     matrices = {name: noted(name, matrix, notes) for name, matrix in network.matrices.items()}
-    watched = MLXModel(config, replace(network, matrices=matrices, ops=noted_ops(network.ops, notes)), model.weights)
+    watched = MLXModel(
+        config,
+        replace(network, matrices=matrices, ops=noted_ops(network.ops, notes)),
+        model.weights,
+        survivors=model.denoiser.survivors,
+    )
     tokens = np.random.default_rng(0).integers(0, config.text.vocab_size, (1, prompt))
     state = watched.begin(watched.encode(tokens), [CanvasSpec(STEPS, seed=0)])
     state = watched.step(state)
@@ -113,11 +120,23 @@ def timed(model: MLXModel, prompt: int, rounds: int) -> dict[str, dict[str, floa
     notes.forget()  # of reading the prompt, and of a step without self-conditioning
     state = watched.step(state)
     watched.read(state)
-    hidden = mx.random.normal((1, config.canvas_length, config.text.hidden_size)).astype(network.dtype)
-    some = mx.random.uniform(shape=(1, config.canvas_length))
-    notes.calls[VOCABULARY,] = lambda: list(vars(read_canvas(network, hidden, mx.array([0.7]), some)).values())
-    notes.count[VOCABULARY,] = 1
+    note_vocabulary(notes, network, state)
     return summed(notes, measure(notes, rounds))
+
+
+def note_vocabulary(notes: Notes, network: Network, state: State) -> None:
+    """What the step after ``state`` does with the vocabulary, its soft embeddings made as that step makes them."""
+    block, carried = state.block, state.carried
+    dense, moment = block.economy.saving().dense, block.schedule.at(state.at - 1)
+    hidden = network.decode(carried.canvas, block.prefix, carried.soft)
+    mx.eval(hidden, moment.temperature, moment.draw)
+    key = (vocabulary_part(dense),)
+    notes.calls[key] = lambda: read_canvas(network, hidden, moment.temperature, moment.draw, dense=dense)
+    notes.count[key] = 1
+
+
+def vocabulary_part(dense: float | None) -> str:
+    return VOCABULARY if dense is None else f"{VOCABULARY} (survivors, {dense:.0%} of rows dense)"
 
 
 def noted(name: str, matrix: Linear, notes: Notes) -> Linear:
@@ -140,7 +159,7 @@ def measure(notes: Notes, rounds: int) -> dict[Key, list[float]]:
     found: dict[Key, list[float]] = {key: [] for key in notes.calls}
     for turn in range(rounds + 1):
         for key, call in notes.calls.items():
-            repeats = 1 if key == (VOCABULARY,) or not mx.metal.is_available() else REPEATS
+            repeats = 1 if len(key) == 1 or not mx.metal.is_available() else REPEATS
             start = time.perf_counter()
             mx.eval([leaves(call()) for _ in range(repeats)])
             if turn:

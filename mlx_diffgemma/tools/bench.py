@@ -6,11 +6,13 @@ turns with us, A B A B; both models are in memory at once, so that the two can b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,13 +22,14 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..api import check_context
 from ..backend import CanvasSpec, Choice, Model, implementation
 from ..config import GenerationConfig
-from ..errors import OptionError
+from ..errors import OptionError, UserError
 from ..events import Draft, Finished
 from ..prompts.processor import Processor
 from ..sampling import engine
+from ..terminal.text import one_line
+from .plan import check_context
 
 QUESTION = "Explain step by step how a bill becomes a law, and what can stop it on the way."
 DEMO_QUESTION = "sort table"
@@ -62,6 +65,8 @@ def task(model: Model, processor: Processor, *, tokens: int | None, blocks: int,
     Raises:
         OptionError: it fits not even once, or the context is too short.
     """
+    if tokens is not None:
+        check_context(model.config, tokens, blocks)
     prompt = question
     ids = processor.prompt_ids(prompt)
     if tokens is not None and len(ids) > tokens:
@@ -70,7 +75,12 @@ def task(model: Model, processor: Processor, *, tokens: int | None, blocks: int,
         more = max(1, len(processor.prompt_ids(f"{question}\n{question}")) - len(ids))
         prompt = "\n".join([question] * (1 + (tokens - len(ids)) // more))
         ids = processor.prompt_ids(prompt)
-    check_context(model.config, len(ids), processor.generation.replace(max_tokens=blocks * model.config.canvas_length))
+    context, canvas = model.config.text.max_position_embeddings, model.config.canvas_length
+    if len(ids) + blocks * canvas > context:
+        raise OptionError(
+            f"--blocks {blocks:,} of {canvas:,} tokens each are too many behind {len(ids):,}; the context holds "
+            f"{context:,}: ask for fewer"
+        )
     return Task(prompt, ids, blocks, rounds)
 
 
@@ -82,29 +92,20 @@ def measure(
     rivals: Sequence[Rival] = (),
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """The record of a run; ``tell`` hears how it goes."""
+    """The record of a run; ``tell`` hears how it goes, and why a peer has no part in it: ``missing`` of the record."""
     tell("warming up …")
     answer(model, processor, work)
-    peers: list[Peer] = []
+    peers = [Peer(rival) for rival in rivals]
     ours: list[dict[str, Any]] = []
-    theirs: list[list[dict[str, Any]]] = []
-    missing: list[str] = []
     try:
-        for rival in rivals:
-            tell(f"loading {rival.kind} {rival.model} …")
-            peer = Peer(rival)
-            if peer.problem:
-                missing.append(peer.problem)
-                tell(peer.problem)
-                continue
-            peer.ask(work.prompt, 8)  # warm-up
-            peers.append(peer)
-            theirs.append([])
+        for peer in peers:
+            tell(f"loading {peer.rival.kind} {peer.rival.model} …")
+            tell(peer.warm_up(work.prompt))
         for turn in range(work.rounds):
             ours.append(answer(model, processor, work))
-            tell(f"round {turn + 1}: {ours[-1]['milliseconds_per_step']:.1f} ms per step")
-            for peer, answers in zip(peers, theirs, strict=True):
-                answers.append(peer.ask(work.prompt, max(ours[-1]["tokens"], 1)))
+            tell(f"round {turn + 1}: {ours[-1]['milliseconds_per_step']:,.1f} ms per step")
+            for peer in peers:
+                tell(peer.turn(work.prompt, max(ours[-1]["tokens"], 1)))
     finally:
         for peer in peers:
             peer.close()
@@ -114,8 +115,8 @@ def measure(
         "task": {"prompt_tokens": len(work.ids), "blocks": work.blocks, "rounds": work.rounds, "seed": work.seed},
         "ours": ours_of(model, work, ours),
         "parts": parts(model, choice, work),
-        "peers": [compared(peer, ours, answers) for peer, answers in zip(peers, theirs, strict=True)],
-        "missing": missing,
+        "peers": [compared(peer, ours, model.config.canvas_length) for peer in peers if not peer.problem],
+        "missing": [peer.problem for peer in peers if peer.problem],
     }
 
 
@@ -174,61 +175,87 @@ def parts(model: Model, choice: Choice, work: Task) -> dict[str, Spread] | None:
 # ---- peers
 
 
+class PeerError(UserError):
+    """In one line: why a peer has no part in a run."""
+
+
 class Peer:
-    """One peer in its process; ``problem`` says in one line why it cannot take part."""
+    """One peer in a process of its own. ``problem`` says in one line why it has no part in a run, "" as long as it has.
+
+    What it writes to stderr is kept, and its last line is said when it fails.
+    """
 
     rival: Rival
-    process: subprocess.Popen[str] | None
     versions: dict[str, str]
+    answers: list[dict[str, Any]]
     problem: str
+    process: subprocess.Popen[str] | None
 
     def __init__(self, rival: Rival):
-        self.rival, self.process, self.versions = rival, None, {}
-        command = [rival.python, str(WORKER), rival.kind, rival.model]
-        try:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        except OSError:
-            self.problem = f"{rival.kind}: {rival.python} cannot be started; give another with --peer-python"
-            return
-        first = self._line()
-        self.problem = self._judged(first)
-        self.versions = (first or {}).get("versions", {})
-        if self.problem:
-            self.close()
+        self.rival, self.versions, self.answers, self.problem, self.process = rival, {}, [], "", None
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed by ``close``
 
-    def _judged(self, first: dict[str, Any] | None) -> str:
-        kind, python = self.rival.kind, self.rival.python
-        if first is None:
-            return f"{kind} could not load {self.rival.model}; its own error is above"
-        if "missing" in first:
-            return f"{kind} is not installed in {python}: {INSTALL[kind]}, then run this again"
-        return ""
+    def warm_up(self, prompt: str) -> str:
+        """Load the model and answer once, which does not count; the problem that this met with, or ""."""
+        return self._trying(self._start, lambda: self._ask(prompt, 8))
 
-    def ask(self, prompt: str, tokens: int) -> dict[str, Any]:
-        assert self.process is not None and self.process.stdin is not None
-        print(json.dumps({"prompt": prompt, "tokens": tokens}), file=self.process.stdin, flush=True)
-        found = self._line()
-        if found is None:
-            raise OptionError(f"{self.rival.kind} ended while answering; its own error is above")
-        return found | {"tokens_per_second": found["tokens"] / found["seconds"]}
+    def turn(self, prompt: str, tokens: int) -> str:
+        """Add an answer, timed by the peer itself; likewise. Nothing happens after a problem."""
+        return "" if self.problem else self._trying(lambda: self.answers.append(self._ask(prompt, tokens)))
 
     def close(self) -> None:
-        if self.process is None:
-            return
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+        if self.process is not None and self.process.stdin and self.process.stdout:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+            self.process.wait()
+            self.process.stdout.close()
+        self._errors.close()
 
-    def _line(self) -> dict[str, Any] | None:
+    def _trying(self, *actions: Callable[[], Any]) -> str:
+        try:
+            for action in actions:
+                action()
+        except PeerError as error:
+            self.problem = one_line(str(error))
+            self.close()
+        return self.problem
+
+    def _start(self) -> None:
+        kind, python = self.rival.kind, self.rival.python
+        command, pipe = [python, str(WORKER), kind, self.rival.model], subprocess.PIPE
+        try:
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True)
+        except OSError:
+            raise PeerError(f"{kind}: {python} cannot be started; give another with --peer-python") from None
+        first = self._line(f"could not load {self.rival.model}")
+        if "missing" in first:
+            raise PeerError(f"{kind} is not installed in {python}: {INSTALL[kind]}, then run this again")
+        self.versions = first["versions"]
+
+    def _ask(self, prompt: str, tokens: int) -> dict[str, Any]:
+        assert self.process is not None and self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which the next line says
+            print(json.dumps({"prompt": prompt, "tokens": tokens}), file=self.process.stdin, flush=True)
+        found = self._line("ended while answering")
+        return found | {"tokens_per_second": found["tokens"] / found["seconds"]}
+
+    def _line(self, without: str) -> dict[str, Any]:
+        """What it says next; ``without``: what has happened if it has ended instead."""
         assert self.process is not None and self.process.stdout is not None
         line = self.process.stdout.readline()
-        return json.loads(line) if line else None
+        if line:
+            found: dict[str, Any] = json.loads(line)
+            return found
+        self.process.wait()
+        self._errors.seek(0)
+        said = [text.strip() for text in self._errors if text.strip()]
+        raise PeerError(f"{self.rival.kind} {without}: {said[-1] if said else 'it gave no reason'}")
 
 
-def compared(peer: Peer, ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def compared(peer: Peer, ours: Sequence[dict[str, Any]], canvas: int) -> dict[str, Any]:
     """A peer's figures, and the ratio of speeds, ours by theirs, round by round: above 1 we are faster."""
-    names = ("seconds", "first", "tokens", "tokens_per_second", "peak_memory", "steps")
+    theirs = [one | steps_per_canvas(one, canvas) for one in peer.answers]
+    names = ("seconds", "first", "tokens", "tokens_per_second", "peak_memory", "steps", "steps_per_canvas")
     shown = [name for name in names if all(one.get(name) is not None for one in theirs)]
     ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(ours, theirs, strict=True) if b["tokens"]]
     return {
@@ -238,6 +265,12 @@ def compared(peer: Peer, ours: Sequence[dict[str, Any]], theirs: Sequence[dict[s
         **{name: spread([float(one[name]) for one in theirs]) for name in shown},
         "ratio": spread(ratios) if ratios else None,
     }
+
+
+def steps_per_canvas(answer: dict[str, Any], canvas: int) -> dict[str, float]:
+    """Of a peer that denoises canvases of as many tokens as ours."""
+    tokens = answer.get("canvas_tokens")
+    return {"steps_per_canvas": answer["steps"] * canvas / tokens} if tokens else {}
 
 
 # ---- conditions

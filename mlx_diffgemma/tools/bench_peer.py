@@ -3,8 +3,9 @@
     python bench_peer.py (mlx-lm | mlx-vlm) MODEL
 
 It imports nothing of this library. Lines of JSON: first out {"versions"} or {"missing"}; then per request {"prompt",
-"tokens"} one {"seconds", "first", "tokens", "peak_memory"}, and of mlx-vlm also "steps". ``first`` is when the first
-text arrived. mlx-vlm is asked for the published sampler (entropy bound, temperature 1, whole canvases), drafts shown.
+"tokens"} one {"seconds", "first", "tokens", "peak_memory"}, and of mlx-vlm also "steps" and "canvas_tokens". ``first``
+is when the first text arrived, ``peak_memory`` is in GB. mlx-vlm is asked for the published sampler (entropy bound,
+temperature 1, whole canvases), drafts shown.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def answer(run: Run, prompt: str, tokens: int) -> dict[str, Any]:
     if last is not None:
         found |= {"tokens": last.generation_tokens, "peak_memory": last.peak_memory}
         steps = getattr(last, "diffusion_denoising_steps", None)
-        found |= {} if steps is None else {"steps": steps}
+        found |= {} if steps is None else {"steps": steps, "canvas_tokens": last.diffusion_canvas_tokens}
     return found
 
 
@@ -78,7 +79,9 @@ def main() -> None:
     try:
         run, version = PEERS[name](model)
     except ImportError as error:
-        print(json.dumps({"missing": name, "error": str(error)}), file=answers)
+        if error.name != name.replace("-", "_"):
+            raise  # it is there, and lacks something itself
+        print(json.dumps({"missing": name}), file=answers)
         return
     print(json.dumps({"versions": {name: version, "python": sys.version.split()[0]}}), file=answers)
     for line in sys.stdin:

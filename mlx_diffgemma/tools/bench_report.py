@@ -24,6 +24,7 @@ def markdown(record: dict[str, Any]) -> str:
         + (f"; commit {where['commit'][:12]}" if where["commit"] else ""),
         f"Prompt of {task['prompt_tokens']:,} tokens, {task['blocks']} block(s) at most, seed {task['seed']}, median "
         f"of {task['rounds']} (least to most). Weights {memory(model['weight_bytes'])}.",
+        *chosen(record.get("options", {}), model),
         "",
         "| figure | median | least | most |",
         "|---|---:|---:|---:|",
@@ -34,12 +35,17 @@ def markdown(record: dict[str, Any]) -> str:
         lines += ["", *parts(record["parts"], ours["milliseconds_per_step"]["median"])]
     if record["peers"]:
         lines += ["", *peers(record["peers"], ours)]
-    lines += [f"\n{line}" for line in record["missing"]]
     return "\n".join(lines)
 
 
+def chosen(options: dict[str, str], model: dict[str, Any]) -> list[str]:
+    """What was asked for, and what of it is not exact: figures mean nothing without it."""
+    asked = ", ".join(f"{name}={value!r}" for name, value in options.items()) or "none"
+    return [f"Options: {asked}. Approximations: {'; '.join(model.get('approximations', [])) or 'none'}."]
+
+
 def memory(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def label(model: dict[str, Any]) -> str:
@@ -61,29 +67,33 @@ def parts(found: dict[str, dict[str, float]], step: float) -> list[str]:
         "| part of a step, each operation alone | ms | least | most | calls | share |",
         "|---|---:|---:|---:|---:|---:|",
         *(
-            f"| {name} | {p['milliseconds']:.2f} | {p['min']:.2f} | {p['max']:.2f} | {p['calls']:.0f} "
+            f"| {name} | {p['milliseconds']:,.2f} | {p['min']:,.2f} | {p['max']:,.2f} | {p['calls']:,.0f} "
             f"| {p['milliseconds'] / total:.0%} |"
             for name, p in rows
         ),
-        f"| sum (a step takes {step:.1f}) | {total:.2f} | | | | |",
+        f"| sum (a step takes {step:,.1f}) | {total:,.2f} | | | | |",
     ]
 
 
 def peers(found: list[dict[str, Any]], ours: dict[str, Any]) -> list[str]:
     lines = [
-        "| same prompt, in turn | tokens per second | first text, ms | peak GB | ours / theirs (least to most) |",
-        "|---|---:|---:|---:|---:|",
-        f"| mlx-diffgemma | {ours['tokens_per_second']['median']:.1f} | {1000 * ours['first_draft']['median']:.0f} "
-        f"| {ours['peak_memory'] / 1e9:.1f} | |",
+        "| same prompt, in turn | tokens per second | steps per canvas | first text, ms | peak memory "
+        "| ours / theirs (least to most) |",
+        "|---|---:|---:|---:|---:|---:|",
+        f"| mlx-diffgemma | {ours['tokens_per_second']['median']:,.1f} | {ours['steps_per_canvas']['median']:.1f} "
+        f"| {1000 * ours['first_draft']['median']:,.0f} | {memory(ours['peak_memory'])} | |",
     ]
-    for peer in found:
-        ratio, first = peer["ratio"], peer.get("first")
-        version = peer["versions"].get(peer["kind"], "")
-        shown = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "no tokens"
-        lines.append(
-            f"| {peer['kind']} {version} {peer['model']} | {peer['tokens_per_second']['median']:.1f} "
-            f"| {1000 * first['median']:.0f} | {peer['peak_memory']['median']:.1f} | {shown} |"
-            if first
-            else f"| {peer['kind']} {version} {peer['model']} | no text | | | |"
-        )
-    return lines
+    return lines + [peer_row(peer) for peer in found]
+
+
+def peer_row(peer: dict[str, Any]) -> str:
+    ratio, first, steps = peer["ratio"], peer.get("first"), peer.get("steps_per_canvas")
+    name = f"{peer['kind']} {peer['versions'].get(peer['kind'], '')} {peer['model']}"
+    if not first:
+        return f"| {name} | no text | | | | |"
+    denoised = f"{steps['median']:.1f}" if steps else ""
+    shown = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "no tokens"
+    return (
+        f"| {name} | {peer['tokens_per_second']['median']:,.1f} | {denoised} | {1000 * first['median']:,.0f} "
+        f"| {memory(1e9 * peer['peak_memory']['median'])} | {shown} |"
+    )

@@ -8,14 +8,14 @@ from typing import Any
 
 from .. import hub
 from ..config import ModelConfig
-from ..errors import OptionError
+from ..errors import ConfigError, OptionError
 from ..formats import gguf_model, open_checkpoint
 from ..formats.encoding import Encoding
 from ..json_file import read_json
 from ..memory import width_of
 from ..tensors import item_bytes
 from . import work, work_ends
-from .chips import CHIPS, MEMORIES, Chip, wired
+from .chips import CHIPS, MEMORIES, Chip, smallest, wired
 from .plan_memory import memory_plan
 from .work import Cost, Load
 
@@ -46,19 +46,21 @@ def subject(model: str | None, bits: str | None) -> Subject:
 
     Raises:
         OptionError: no such place, a format beside files that have one, or an unknown format.
+        ConfigError: a config of another model; names the file.
     """
-    form = {"4": "4bit", "8": "8bit", "16": "bf16"}.get(bits or "4bit", bits or "4bit")
+    asked = "4bit" if bits is None else bits
+    form = {"4": "4bit", "8": "8bit", "16": "bf16"}.get(asked, asked)
     if form not in work.FORMATS:
-        raise OptionError(f"--bits {bits} is unknown; choose {', '.join(work.FORMATS)}")
+        raise OptionError(f"--bits {bits!r} is unknown; choose {', '.join(work.FORMATS)}")
     place = PUBLISHED if model is None else hub.DEMO if model == "demo" else Path(model)
-    if place.is_file() and place.suffix == ".json":
-        config = ModelConfig.from_dict(read_json(place))
-        return Subject(
-            NAME if model is None else place.stem, form, config, work.formats(config, form), item_bytes(config)
-        )
-    if not place.is_dir() and not gguf_model.locate(place):
+    file = None if model == "" else config_alone(place)
+    if file is not None:
+        config = config_of(file)
+        name = NAME if model is None else place.resolve().name if place.is_dir() else place.stem
+        return Subject(name, form, config, work.formats(config, form), item_bytes(config))
+    if model == "" or (not place.is_dir() and not gguf_model.locate(place)):
         raise OptionError(
-            f"--model {model}: --plan downloads nothing; give a folder, a config.json, demo, or leave it out"
+            f"--model {model!r}: --plan downloads nothing; give a folder, a config.json, demo, or leave it out"
         )
     if bits is not None:
         raise OptionError(f"--bits {bits}: the files of {model} have a format already; leave it out")
@@ -71,6 +73,36 @@ def subject(model: str | None, bits: str | None) -> Subject:
 def packed(stored: dict[str, Encoding]) -> dict[str, Encoding]:
     """What MLX multiplies as it is on disk; FP8 in blocks and dense tensors get the dtype of activations instead."""
     return {name: encoding for name, encoding in stored.items() if encoding.quantized and not encoding.block}
+
+
+def config_alone(place: Path) -> Path | None:
+    """The config.json that is all there is of a model: a file, or in a folder without weights."""
+    if place.is_file() and place.suffix == ".json":
+        return place
+    file = place / "config.json"
+    return file if file.is_file() and not gguf_model.locate(place) and not any(place.glob("*.safetensors")) else None
+
+
+def config_of(file: Path) -> ModelConfig:
+    data = read_json(file)
+    try:
+        return ModelConfig.from_dict(data)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("config.json", str(file), 1)) from error
+
+
+def check_context(config: ModelConfig, prompt: int, blocks: int | None = None) -> None:
+    """Whether a prompt of so many tokens has room for ``blocks`` canvases; for one, where only that is planned.
+
+    Raises:
+        OptionError: it has not.
+    """
+    context, canvas = config.text.max_position_embeddings, config.canvas_length
+    if prompt + (blocks or 1) * canvas > context:
+        asked = f"a canvas of {canvas:,}" if blocks is None else f"--blocks {blocks:,} of {canvas:,} each"
+        raise OptionError(
+            f"--prompt-tokens {prompt:,} and {asked} are too many; the context holds {context:,}: ask for fewer"
+        )
 
 
 def record(about: Subject, load: Load, chip: Chip, here: int | None = None) -> dict[str, Any]:
@@ -106,7 +138,7 @@ def record(about: Subject, load: Load, chip: Chip, here: int | None = None) -> d
         "total": row("step", work_ends.total(plain), work_ends.total(fused), chip, both),
         "vocabulary_and_attention": target,
         "prefix": {"copied": 0, "joining_would_move": work_ends.joined(load)},
-        "memory": memory(load) | {"limit": limit(about), "here": here},
+        "memory": memory(load) | {"limit": limit(about, load), "here": here},
     }
 
 
@@ -128,23 +160,28 @@ def row(
     return {"part": part, "plain": side("plain", plain), "fused": side("fused", fused), "saved": saved}
 
 
-def limit(about: Subject) -> int | None:
-    """The goal that this project has set itself, of the model for which it has one."""
-    return LIMIT if (about.name, about.format) == (NAME, "4bit") else None
+def limit(about: Subject, load: Load) -> int | None:
+    """The goal that this project has set itself, where it has one."""
+    ours = (about.name, about.format, load.batch) == (NAME, "4bit", 1) and load.prompt <= PROMPT
+    return LIMIT if ours else None
 
 
 def memory(load: Load) -> dict[str, Any]:
-    """Behind the prompt, with kernels; ``macs``: for each size that is sold, in GB, what the GPU may keep, and whether
-    what is in use fits; freed buffers give way."""
-    held = memory_plan(load, fused=True)
-    macs = [{"memory": size, "wired": wired(size), "fits": wired(size) >= held.total} for size in MEMORIES]
-    smallest = next((mac["memory"] for mac in macs if mac["fits"]), None)
-    chips = [chip.name for chip in CHIPS.values() if smallest is not None and chip.memory >= smallest]
+    """Behind the prompt, of the larger of both versions, as ``load`` judges it as long as no kernel is proven.
+
+    ``macs``: for each size that is sold, in GB, what the GPU may keep, and whether what is in use fits; freed buffers
+    give way.
+    """
+    plain, fused = memory_plan(load, fused=False), memory_plan(load, fused=True)
+    held = max(plain, fused, key=lambda plan: plan.total)
+    least = smallest(held.total)
     return held.describe() | {
-        "plain_total": memory_plan(load, fused=False).total,
+        "plain_total": plain.total,
+        "fused_total": fused.total,
         "freed": FREED,
         "most": held.total + FREED,
-        "macs": macs,
-        "smallest": smallest,
-        "chips": chips,
+        "macs": [{"memory": size, "wired": wired(size), "fits": wired(size) >= held.total} for size in MEMORIES],
+        "smallest": least,
+        "smallest_fused": smallest(fused.total),
+        "chips": [chip.name for chip in CHIPS.values() if least is not None and chip.memory >= least],
     }

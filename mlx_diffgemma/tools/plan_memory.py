@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from ..memory import MemoryPlan
 from ..tensors import VISION, Tensor, tensor_table
-from .work import SLICE_BYTES, SLICE_ELEMENTS, Load
+from .work import LEAST_SLOTS, SLICE_BYTES, SLICE_ELEMENTS, Load, rounded_up
 from .work_ends import TABLE
 
 CHUNK = 512  # tokens of a row that are read together
-LEAST_SLOTS = 64  # of a layer's buffer for the prefix
 NOISE = 8 * 48  # bytes per position: what is drawn and what a rejected position becomes, for 48 steps
 
 
@@ -52,10 +51,8 @@ def cache(load: Load, tokens: int) -> int:
 
 def capacity(tokens: int, ring: int | None) -> int:
     """Slots of a layer's buffer: a new one is doubled at least once if it is too small, and a ring stops growing."""
-    need, least = (tokens, LEAST_SLOTS) if ring is None else (min(tokens, ring), min(LEAST_SLOTS, ring))
-    if need <= least:
-        return least
-    return max(need, 2 * least) if ring is None else min(max(need, 2 * least), ring)
+    whole = max(rounded_up(tokens), 2 * LEAST_SLOTS) if tokens > LEAST_SLOTS else LEAST_SLOTS
+    return whole if ring is None else min(whole, ring)
 
 
 def activations(load: Load, fused: bool, tokens: int) -> int:
@@ -64,7 +61,7 @@ def activations(load: Load, fused: bool, tokens: int) -> int:
     reading = _layer(load, fused, chunk) + _attention(load, fused, chunk, tokens, reading=True)
     step = load.rows
     own = step * (NOISE + 8 * load.config.canvas_length + 3 * load.width * load.text.hidden_size)
-    canvas = tokens + load.config.canvas_length
+    canvas = rounded_up(tokens) + load.config.canvas_length
     return max(reading, _layer(load, fused, step) + _attention(load, fused, step, canvas, reading=False) + own)
 
 

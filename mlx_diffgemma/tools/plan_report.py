@@ -1,36 +1,94 @@
-"""``--plan`` for people: one table of the work of a step, one of memory. Plain text in a pipe."""
+"""``--plan`` for people: one table of the work of a step, one of memory. Plain text of a given width.
+
+Where the width is short, columns are left out; no figure is ever cut.
+"""
 
 from __future__ import annotations
 
+import textwrap
+from dataclasses import dataclass
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from .chips import CHIPS, GIGA
 
-from .chips import GIGA
-
-
-def show(plan: dict[str, Any], console: Console) -> None:
-    console.print(heading(plan), highlight=False)
-    console.print(work_table(plan))
-    for line in remarks(plan):
-        console.print(line, highlight=False)
-    console.print()
-    console.print(memory_table(plan))
-    for line in memory_remarks(plan):
-        console.print(line, highlight=False)
+GAP = 2
+HEADS = (
+    "part",
+    "plain\n{moved}",
+    "kernels\n{moved}",
+    "saved",
+    "{work}",
+    "plain\nfloor {time}",
+    "kernels\nfloor {time}",
+)
+SPARED = (3, 4, 5, 1)  # columns of the work of a step that may go, the first one first
 
 
-def heading(plan: dict[str, Any]) -> str:
+def text(plan: dict[str, Any], width: int) -> str:
+    """All of it; lines end without blanks."""
+    parts = [
+        *(line for sentence in heading(plan) for line in folded(sentence, width)),
+        "",
+        *work_table(plan).lines(width),
+        "",
+        *(line for remark in remarks(plan) for line in folded(remark, width)),
+        "",
+        *memory_table(plan).lines(width),
+        "",
+        *(line for remark in memory_remarks(plan) for line in folded(remark, width)),
+    ]
+    return "\n".join(parts)
+
+
+def folded(sentence: str, width: int) -> list[str]:
+    return textwrap.wrap(sentence, width, break_long_words=False, break_on_hyphens=False)
+
+
+@dataclass(frozen=True)
+class Table:
+    """``heads`` may have two lines. The last ``below`` rows are ruled off; ``left``: columns that start at the left."""
+
+    heads: tuple[str, ...]
+    rows: list[list[str]]
+    below: int
+    spared: tuple[int, ...] = ()
+    left: tuple[int, ...] = (0,)
+
+    def lines(self, width: int) -> list[str]:
+        """With as many of the ``spared`` columns as ``width`` has room for."""
+        sizes = [
+            max(map(len, (*head.split("\n"), *cells))) for head, *cells in zip(self.heads, *self.rows, strict=True)
+        ]
+        shown = [*range(len(sizes))]
+        for column in self.spared:
+            if sum(sizes[i] + GAP for i in shown) - GAP > width:
+                shown.remove(column)
+
+        def line(cells: list[str]) -> str:
+            found = (cells[i].ljust(sizes[i]) if i in self.left else cells[i].rjust(sizes[i]) for i in shown)
+            return (" " * GAP).join(found).rstrip()
+
+        high = max(head.count("\n") for head in self.heads)
+        heads = [("\n" * (high - head.count("\n")) + head).split("\n") for head in self.heads]
+        rule = "─" * (sum(sizes[i] + GAP for i in shown) - GAP)
+        body = [line(row) for row in self.rows]
+        above = len(body) - self.below
+        return [*(line([head[i] for head in heads]) for i in range(high + 1)), rule, *body[:above], rule, *body[above:]]
+
+
+# ---- the work of a step
+
+
+def heading(plan: dict[str, Any]) -> list[str]:
     chip, batch = plan["chip"], plan["batch"]
-    rows = f", batch {batch}" if batch > 1 else ""
+    rows = f", batch {batch:,}" if batch > 1 else ""
     head = f", head over {plan['head_positions']} positions" if plan["head_positions"] < plan["canvas_length"] else ""
-    return (
-        f"{plan['model']}, {plan['format']}: one denoising step of {plan['canvas_length']} tokens behind "
-        f"{plan['prompt_tokens']:,}{rows}{head}\n{chip['name']}: {chip['bandwidth']:g} GB/s, {chip['cores']} GPU cores"
-        f", {chip['tflops']:.1f} TFLOP/s float16 at most. Counted from shapes; nothing here was measured."
-    )
+    return [
+        f"{plan['model']}, {plan['format']}: one denoising step of {plan['canvas_length']:,} tokens behind "
+        f"{plan['prompt_tokens']:,}{rows}{head}",
+        f"{chip['name']}: {chip['bandwidth']:,g} GB/s, {chip['cores']} GPU cores, {chip['tflops']:.1f} TFLOP/s float16 "
+        "at most. Counted from shapes; nothing here was measured.",
+    ]
 
 
 def scale(amount: float) -> tuple[float, str]:
@@ -42,81 +100,88 @@ def work_table(plan: dict[str, Any]) -> Table:
     total = plan["total"]
     size, operation = scale(total["fused"]["bytes"]), scale(total["fused"]["operations"])
     time = (1.0, "ms") if total["fused"]["milliseconds"] >= 1 else (1e-3, "µs")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("part", no_wrap=True)
-    moved, floor = f"{size[1]}B", time[1]
-    heads = (f"plain {moved}", f"kernels {moved}", "saved", f"{operation[1]}FLOP", f"floor {floor}", f"kernels {floor}")
-    for name in heads:
-        table.add_column(name, justify="right", no_wrap=True)
-    for part in plan["parts"]:
-        table.add_row(*cells(part, size[0], operation[0], time[0]))
-    table.add_section()
-    table.add_row(*cells(total, size[0], operation[0], time[0]), style="bold")
-    return table
+    units = {"moved": f"{size[1]}B", "work": f"{operation[1]}FLOP", "time": time[1]}
+    rows = [cells(part, size[0], operation[0], time[0]) for part in (*plan["parts"], total)]
+    return Table(tuple(head.format(**units) for head in HEADS), rows, 1, SPARED)
 
 
 def cells(part: dict[str, Any], size: float, operation: float, time: float) -> list[str]:
-    plain, fused = part["plain"], part["fused"]
+    sides = part["plain"], part["fused"]
     saved = f"{part['saved']:.0%}" if part["saved"] > 0.005 else ""
-    before, after = (f"{side['operations'] / operation:,.0f}" for side in (plain, fused))
-    work = after if before == after else f"{before} to {after}"
-    moved = [f"{side['bytes'] / size:.2f}" for side in (plain, fused)]
-    return [part["part"], *moved, saved, work, *(f"{side['milliseconds'] / time:.2f}" for side in (plain, fused))]
+    moved, floors = (
+        [f"{side[name] / unit:,.2f}" for side in sides] for name, unit in (("bytes", size), ("milliseconds", time))
+    )
+    return [part["part"], *moved, saved, f"{part['fused']['operations'] / operation:,.0f}", *floors]
 
 
 def remarks(plan: dict[str, Any]) -> list[str]:
-    target, prefix = plan["vocabulary_and_attention"], plan["prefix"]
+    target, prefix, total = plan["vocabulary_and_attention"], plan["prefix"], plan["total"]
     size, sign = scale(target["fused"])
     lines = [
-        f"vocabulary + attention traffic: {target['plain'] / size:.2f} {sign}B plain, {target['fused'] / size:.2f} "
+        f"vocabulary + attention traffic: {target['plain'] / size:,.2f} {sign}B plain, {target['fused'] / size:,.2f} "
         f"{sign}B with kernels: {target['less']:.0%} less (goal: at least 35%). If plain operations took slices as "
         f"large: {target['less_at_equal_slices']:.0%}; where attention stays plain: "
         f"{target['less_with_plain_attention']:.0%}; with both: {target['less_with_both']:.0%}",
         f"copies of the prefix per step: {prefix['copied']} bytes (joining prefix and canvas in every layer would move "
-        f"{prefix['joining_would_move'] / size:.2f} {sign}B)",
-        "floor: the larger of bytes / bandwidth and operations / rate, part by part; kernels change no product, only "
-        "what stands between them",
+        f"{prefix['joining_would_move'] / size:,.2f} {sign}B)",
+        "floor: the larger of bytes / bandwidth and operations / rate, part by part; products are MLX's either way",
     ]
+    plain, fused = total["plain"]["operations"], total["fused"]["operations"]
+    if plain != fused:
+        unit, prefixed = scale(fused)
+        lines.append(f"{prefixed}FLOP: with kernels; plain operations multiply {plain / unit:,.0f}")
     if plan["survivors"] is not None:
-        lines.append(f"survivors: {plan['survivors']:g} per row are assumed; a flat row costs what dense does")
+        lines.append(f"survivors: {plan['survivors']:,.10g} per row are assumed; a flat row costs what dense does")
     return lines
+
+
+# ---- memory
 
 
 def memory_table(plan: dict[str, Any]) -> Table:
     held = plan["memory"]
     size, sign = scale(held["total"])
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("memory", no_wrap=True)
-    table.add_column(f"{sign}B", justify="right", no_wrap=True)
-    table.add_column("")
-    rows = f" in {held['batch']} rows" if held["batch"] > 1 else ""
+    rows = f" in {held['batch']:,} rows" if held["batch"] > 1 else ""
     about = {
-        "weights": "without the embedding; no vision tower",
+        "weights": "without embedding and vision tower",
         "embedding": "also the output head",
         "cache": f"keys and values of {held['tokens']:,} tokens{rows}",
-        "activations": "a bound: the widest part of a layer, reading or denoising",
-        "logits": "a slice of them, and what is made from it",
+        "activations": "a bound: the widest part of a layer",
+        "logits": "a slice of them, and what it becomes",
     }
-    for part, amount in held["parts"].items():
-        table.add_row(part, f"{amount / size:.2f}", about[part])
-    table.add_section()
-    table.add_row("in use at most", f"{held['total'] / size:.2f}", f"{held['plain_total'] / size:.2f} without kernels")
-    table.add_row("kept for reuse", f"{held['freed'] / size:.2f}", "freed buffers, at most; they give way")
-    goal = f"goal: under {held['limit'] / size:.0f} {sign}B" if held["limit"] else ""
-    table.add_row("together", f"{held['most'] / size:.2f}", goal, style="bold")
-    return table
+    other = "" if held["fused_total"] == held["total"] else f"{held['fused_total'] / size:,.2f} with kernels"
+    goal = ""
+    if held["limit"]:
+        goal = (
+            f"goal: under {held['limit'] / size:,.0f} {sign}B, {'met' if held['most'] < held['limit'] else 'not met'}"
+        )
+    found = [(part, amount, about[part]) for part, amount in held["parts"].items()]
+    found += [
+        ("in use at most", held["total"], other),
+        ("kept for reuse", held["freed"], "freed buffers; they give way"),
+    ]
+    found += [("together", held["most"], goal)]
+    shown = [[name, f"{amount / size:,.2f}", remark] for name, amount, remark in found]
+    return Table(("memory", f"{sign}B", ""), shown, 3, (2,), (0, 2))
 
 
 def memory_remarks(plan: dict[str, Any]) -> list[str]:
-    held = plan["memory"]
-    smallest = next((mac for mac in held["macs"] if mac["fits"]), None)
-    lines = ["fits on no Mac that was sold"]
+    held, chip = plan["memory"], plan["chip"]
+    smallest, fused = held["smallest"], held["smallest_fused"]
+    lines = ["fits no Mac that was sold"]
     if smallest is not None:
+        wired = next(mac["wired"] for mac in held["macs"] if mac["memory"] == smallest)
         lines = [
-            f"fits Macs from {smallest['memory']} GB on, of whose memory macOS lets the GPU keep about "
-            f"{smallest['wired'] / GIGA:.1f} GB; chips sold with as much: {', '.join(held['chips'])}"
+            f"fits Macs from {smallest} GB on, of whose memory macOS lets the GPU keep about {wired / GIGA:,.1f} GB; "
+            f"chips that can be had with that much: {', '.join(held['chips'])}"
         ]
+    if fused != smallest:
+        lines[0] += f". With kernels from {fused} GB on"
+    if held["total"] != held["fused_total"]:
+        lines.append("judged as load does: without kernels, until they are proven")
+    if chip["name"] not in held["chips"]:
+        lines.append(f"too large for any {chip['name']}: that was sold with {CHIPS[chip['name']].memory} GB at most")
     if held["here"] is not None:
         verdict = "fits" if held["total"] <= held["here"] else "does not fit"
-        lines.append(f"this machine's GPU may keep {held['here'] / GIGA:.1f} GB: {verdict}")
+        lines.append(f"this machine's GPU may keep {held['here'] / GIGA:,.1f} GB: {verdict}")
     return lines

@@ -1,15 +1,18 @@
 """What one denoising step reads, writes and multiplies, counted from shapes alone: in plain MLX, and with every kernel.
 
-Rules, the same for both versions:
+The plain version is that of ``mlx_backend.kernels.*_ops`` in a compiled step, as it runs on a Mac without kernels.
+
+Rules, the same for both versions; the tests hold the first three against graphs that MLX makes of these functions:
 
 - Every array that an operation reads or writes counts once, whether or not a chip's cache would have served it.
   Products read both operands and write their result once; that tiles read them again is counted on neither side.
-- A chain of elementwise operations is one pass, as ``mx.compile`` fuses it: it reads what enters, writes what leaves.
-  Reductions, sorts, gathers, concatenations and products are operations of their own.
-- A norm with a float32 weight is three passes in bfloat16, for MLX widens its input first: widen, norm, round. Where an
-  elementwise operation follows, rounding is part of it. Arrays that two operations widen are widened once.
-- The plain version does exactly what the network did before it had kernels; ``mx.fast.scaled_dot_product_attention``
-  takes its unfused path, as it does on Metal for heads of 256 and 512 and a canvas of queries.
+- A chain of elementwise operations is one pass, as ``mx.compile`` fuses it: it reads what enters, writes what leaves. A
+  result that something outside the chain reads as well is written, and read from there. Reductions, sorts, gathers,
+  joins and products are operations of their own.
+- A norm with a float32 weight is three passes in bfloat16, for MLX widens its input first: widen, norm, round. Rounding
+  and widening are part of what stands before or behind them, where nothing else reads what lies between.
+- Copies that MLX makes inside an operation, of rows that are not in order, are not counted; the plain norms of heads
+  make some.
 - Operations are multiply-adds of products, each counted as two. All else is bound by bytes and not counted, nor are
   norm weights and tables of RoPE, which are a few KB.
 
@@ -30,6 +33,8 @@ SelfConditioning = Literal["dense", "survivors"]
 SURVIVORS = 64.0  # per row and step, on average: an assumption, for nobody has counted them on the 26B model
 SLICE_ELEMENTS = 8 * 2**20  # of the plain version: most elements of a float32 temporary over the vocabulary
 SLICE_BYTES = 256 * 2**20  # with kernels: most bytes of a slice's logits
+LEAST_SLOTS = 64  # of a layer's buffer for the prefix
+READ_ONCE = 4096  # keys, up to which MLX's softmax reads its scores once; beyond, twice
 FORMATS = ("bf16", "4bit", "8bit", "mxfp4", "mxfp8", "nvfp4")
 
 
@@ -57,7 +62,7 @@ class Load:
         width: bytes of an activation.
         survivors: entries per row that ``self_conditioning="survivors"`` gathers, on average.
         kept: canvas positions whose logits are made, ``None`` for all.
-        wide: let the plain version, too, take slices of the vocabulary as large as kernels do. It cannot, for its
+        wide: let the plain version, too, take slices of the vocabulary as large as kernels do. It does not, for its
             float32 temporaries would be 1.3 GB; but so the gain is seen apart from how often the table is read.
     """
 
@@ -143,6 +148,12 @@ def widen(load: Load) -> int:
 def norm(load: Load) -> int:
     """Bytes per element of a plain norm with a float32 weight: widened, normed, rounded."""
     return 2 * 4 + 2 * widen(load)
+
+
+def rounded_up(slots: int) -> int:
+    """Of a prefix, as buffers and the shapes of a compiled step have them: one of four sizes per doubling."""
+    step = max(LEAST_SLOTS, (1 << slots.bit_length()) // 8)
+    return -(-slots // step) * step
 
 
 def touched(text: TextConfig, rows: int) -> float:

@@ -32,19 +32,20 @@ def head(load: Load, fused: bool) -> Cost:
 def vocabulary(load: Load, fused: bool) -> Cost:
     """What is read off the logits: argmax, draw, entropy, confidence.
 
-    Plain, in float32, per logit: capped and divided by the temperature (w + 4), the maximum (4), shifted and its exp
-    (4 + 8), sums of runs (4), the product for the entropy (8), argmax (4). The kernel reads each logit once.
+    Plain, in float32, per logit: capped and divided by the temperature (w + 4), the maximum (4), shifted (8), its exp
+    (8), sums of runs (4), the product for the entropy (8), argmax (4). The kernel reads each logit once.
     """
     logits = load.read_rows * load.text.vocab_size
-    return passes(logits, load.width if fused else (load.width + 4) + 4 + 12 + 4 + 8 + 4)
+    return passes(logits, load.width if fused else (load.width + 4) + 4 + 8 + 8 + 4 + 8 + 4)
 
 
 def soft(load: Load, fused: bool) -> Cost:
     """The soft embedding. Dense: probabilities in the model's dtype, times the table, scaled.
 
-    Plain bfloat16, per logit: rounded and widened (8), softmax (8), rounded (4 + w); in float32 the weights at hand
-    serve. The kernel reads a logit and writes a probability. ``survivors``, which only kernels have: ids, logits and
-    rows of the table of the survivors, each row counted as often as it is gathered.
+    Plain bfloat16, per logit: rounded, and its exp (8), the sum (4), divided and rounded (4 + w); in float32 the
+    weights at hand serve. The kernel reads a logit and writes a probability. Slices are scaled (2 w per feature) and
+    joined. ``survivors``, with the kernel: ids, logits and rows of the table of the survivors, each row as often as it
+    is gathered; in plain operations it saves nothing, and is counted as dense.
     """
     text, w = load.text, load.width
     rows, vocab, hidden = load.read_rows, text.vocab_size, text.hidden_size
@@ -53,8 +54,9 @@ def soft(load: Load, fused: bool) -> Cost:
         found = rows * min(load.survivors, vocab)
         return Cost(found * (4 + w + table / vocab) + rows * hidden * w, 2 * found * hidden)
     made = Cost(load.slices(fused) * table + rows * (vocab + hidden) * w, 2 * rows * vocab * hidden)
-    odds = 2 * w if fused else 0 if w == 4 else 8 + 8 + (4 + w)
-    return made + passes(rows * vocab, odds) + passes(rows * hidden, 2 * w)
+    odds = 2 * w if fused else 0 if w == 4 else 8 + 4 + (4 + w)
+    joined = 2 * w if load.slices(fused) > 1 else 0
+    return made + passes(rows * vocab, odds) + passes(rows * hidden, 2 * w + joined)
 
 
 def sampler(load: Load, fused: bool) -> Cost:
@@ -100,10 +102,9 @@ def total(found: dict[str, Cost], parts: tuple[str, ...] = PARTS) -> Cost:
 
 def joined(load: Load) -> float:
     """Bytes that a step would move if it joined every layer's prefix and canvas into new arrays, as others do. Neither
-    version here copies a prefix: plain, the canvas is written beside it into the same buffer; with the kernel,
-    attention reads the two where they are."""
+    version here copies a prefix, for attention reads the two where they are; plain operations join scores instead."""
     text, moved = load.text, 0
     for layer, (heads, dim) in enumerate(zip(text.num_key_value_heads, text.head_dims, strict=True)):
-        prefix = load.prompt if text.full(layer) else min(load.prompt, text.window_keys)
+        prefix = work_layers.visible(load, layer)
         moved += 2 * load.batch * (prefix + load.config.canvas_length) * heads * dim
     return 2 * load.width * moved

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..tensors import layer_name
-from .work import Cost, Load, norm, passes, product, touched, widen
+from .work import READ_ONCE, Cost, Load, norm, passes, product, rounded_up, touched, widen
 
 
 def projections(load: Load, layer: int, fused: bool) -> Cost:
@@ -23,53 +23,58 @@ def projections(load: Load, layer: int, fused: bool) -> Cost:
 def heads(load: Load, layer: int, fused: bool) -> Cost:
     """Norm and RoPE of q and k, norm of v.
 
-    Plain: q and k are widened and normed, rounding and the turn are one pass, and joining the halves is a copy. The
-    kernel reads each once and writes it once; in full layers, keys and values are read as one.
+    Plain: q and k are widened, normed and rounded; each half of the turned ones is a pass that reads both (3 w), and
+    joining them is a copy. The kernel reads each once and writes it once; in full layers, keys and values are read as
+    one.
     """
     text, w = load.text, load.width
     queries, keys = load.rows * text.num_attention_heads * text.head_dims[layer], load.rows * _keys(load, layer)
     if fused:
         return passes(queries, 2 * w) + passes(keys, 3 * w if text.full(layer) else 4 * w)
-    turned = widen(load) + 8 + (4 + w) + 2 * w
-    return passes(queries + keys, turned) + passes(keys, 2 * w)
+    return passes(queries + keys, norm(load) + 3 * w + 2 * w) + passes(keys, 2 * w)
 
 
 def attention(load: Load, layer: int, fused: bool) -> Cost:
     """Every query over the prefix that its layer sees, and over the canvas.
 
-    Plain: the canvas's keys and values are written in front of the prefix, scores are written, read and written by the
-    softmax and read again, and the result is copied into the order of the next product. The kernel reads q and both
-    ranges and writes the result.
+    Plain, per score 6 w: written by two products, read and written by the join and by the softmax, read by two
+    products; 2 w for a mask over a prefix that was rounded up, w where the softmax reads twice. Per query 7 w: read by
+    two products, written by one, read and written by the other, and copied into the order of what follows. The kernel
+    reads q and what is visible of both ranges, and writes the result.
     """
     text, w, canvas = load.text, load.width, load.config.canvas_length
-    prefix = load.prompt if text.full(layer) else min(load.prompt, text.window_keys)
-    seen, dim = prefix + canvas, text.head_dims[layer]
-    queries = load.rows * text.num_attention_heads * dim
-    cached = 2 * load.batch * seen * _keys(load, layer)
-    scores = load.rows * text.num_attention_heads * seen
-    work = Cost((2 * queries + cached) * w, 4 * scores * dim)
+    held, dim = visible(load, layer), text.head_dims[layer]
+    extent = held if fused else visible(load, layer, rounded=True)
+    queries = load.rows * text.num_attention_heads
+    past, scores = queries * extent, queries * (extent + canvas)
+    work = Cost(2 * load.batch * (extent + canvas) * _keys(load, layer) * w, 4 * scores * dim)
     if fused:
-        return work
-    stored = 2 * load.rows * _keys(load, layer)
-    return work + passes(stored, 2 * w) + passes(scores, 4 * w) + passes(queries, 2 * w)
+        return work + passes(queries * dim, 2 * w)
+    work += passes(scores, 6 * w if extent + canvas <= READ_ONCE else 7 * w) + passes(queries * dim, 7 * w)
+    return work + passes(0 if extent == held else past, 2 * w)
+
+
+def visible(load: Load, layer: int, *, rounded: bool = False) -> int:
+    """Slots of the prefix that a canvas sees; ``rounded`` as the shapes of plain operations are."""
+    slots = rounded_up(load.prompt) if rounded else load.prompt
+    return slots if load.text.full(layer) else min(slots, load.text.window_keys)
 
 
 def norms(load: Load, layer: int, fused: bool) -> Cost:
     """The norms of a layer, the router's own, the residual sums and the layer scalar; the first layer's input norm.
 
-    Plain: sums are one pass with the rounding before and the widening behind them. Behind attention: widened, normed,
-    added to the stream, normed three times (the router's without a weight), rounded twice, and scaled for the router.
-    Behind the experts: both widened and normed, added, normed, added to the stream and scaled, normed for what
-    follows, rounded. The kernels read two arrays and write four, then read three and write two.
+    Plain. Behind attention: widened, normed, rounded and added to the stream; that is normed and scaled for the router,
+    widened once and normed twice, both rounded. Behind the experts: both widened and normed; rounded, added and widened
+    in one pass; normed; rounded, added to the stream and scaled; widened, normed for what follows, rounded. The kernels
+    read two arrays and write four, then read three and write two.
     """
     w, elements, one = load.width, load.rows * load.text.hidden_size, 2 * 4
     first = passes(elements if layer == 0 else 0, norm(load))
     if fused:
         return first + passes(elements, (6 + 5) * w)
-    both = 0 if w == 4 else 4  # written by a sum beside its rounded result: what the next norm reads
-    residual = (4 + w) + (w + both)
-    attention = widen(load) + one + residual + 2 * one + 2 * w + 2 * widen(load) + 2 * w
-    experts = 2 * widen(load) + 2 * one + (2 * 4 + 4) + one + residual + one + widen(load)
+    residual = 4 + w + w
+    attention = widen(load) + one + residual + (2 * w + 2 * w) + widen(load) + 2 * (one + widen(load))
+    experts = 2 * (widen(load) + one) + (4 + 4 + 4) + one + residual + norm(load)
     return first + passes(elements, attention + experts)
 
 
@@ -89,8 +94,9 @@ def gated(load: Load, at: str) -> Cost:
 def router(load: Load, layer: int, fused: bool) -> Cost:
     """Scores, and from them the chosen experts, their weights and the sorted order of the pairs.
 
-    Plain, per score: widened, softmax, negated, sorted. Per pair: probability gathered (12), summed (4), divided and
-    scaled (16); pairs sorted by expert (16), gathered (12), their tokens (8), and the way back sorted (16).
+    Plain, per score: widened, softmax (8), made a key of 8 bytes in two passes (8 + 12) and sorted (16). Per pair: the
+    expert read off its key (12), its probability gathered (12), summed (4), its scale gathered (12), divided and scaled
+    (12); a key of expert and pair (4 + 12), sorted (8), taken apart (3 times 8), and the way back sorted (8).
     """
     text, w = load.text, load.width
     scores, pairs = load.rows * text.num_experts, load.rows * text.top_k_experts
@@ -98,7 +104,7 @@ def router(load: Load, layer: int, fused: bool) -> Cost:
     made = product(load, at, (text.num_experts, text.hidden_size), load.rows)
     if fused:
         return made + passes(scores, w) + passes(pairs, 6 * 4)
-    return made + passes(scores, widen(load) + 3 * 8) + passes(pairs, 12 + 4 + 16 + 16 + 12 + 8 + 16)
+    return made + passes(scores, widen(load) + 8 + 8 + 12 + 16) + passes(pairs, 12 + 12 + 4 + 12 + 12 + 16 + 8 + 24 + 8)
 
 
 def experts(load: Load, layer: int, fused: bool) -> Cost:

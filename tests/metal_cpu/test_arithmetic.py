@@ -101,6 +101,30 @@ def test_structs_may_live_in_threadgroup_memory():
     assert np.array_equal(run(source + "o[i] = x[63 - i].value;", a, header=header), np.array(a)[::-1])
 
 
+def test_structs_are_copied_whole_from_and_to_memory():
+    """Through pointers written in every form: of sixteen floats a thread moves the fours, and changes two."""
+    header = "template <typename T, int N> struct alignas(N * sizeof(T)) Four { T at[N]; };\n"
+    source = """
+    const device float* from = a + i * 16;
+    device float* to = o + i * 16;
+    const Four<float, 4> first = *(const device Four<float, 4>*)(from + min(0, int(i)));
+    Four<float, 4> second;
+    if (i < 64) second = *(const device Four<float, 4>*)&from[4];
+    second.at[1] = -second.at[1];
+    *(device Four<float, 4>*)to = second;
+    *(device Four<float, 4>*)(to + (2 + 2)) = first;
+    *((device Four<float, 4>*)to + 2) = ((const device Four<float, 4>*)from)[3];
+    ((device Four<float, 4>*)(const device float*)o)[i * 4 + 3] = *((device Four<float, 4>*)to + 2);
+    ((device Four<float, 4>*)o + i * 4)->at[0] += ((const device Four<float, 4>*)(from))->at[3];
+    """
+    a = floats(1024)
+    rows = np.array(a).reshape(64, 4, 4)
+    expected = rows[:, [1, 0, 3, 3]]
+    expected[:, 0, 1] *= -1
+    expected[:, 0, 0] += rows[:, 0, 3]
+    assert np.array_equal(run(source, a, header=header, out=((1024,), mx.float32)), expected.ravel())
+
+
 @pytest.mark.parametrize(
     "dtype", [mx.int32, mx.uint32, mx.int64, mx.uint64, mx.int8, mx.uint8, mx.int16, mx.uint16, mx.bool_]
 )

@@ -12,15 +12,15 @@ import pytest
 
 from mlx_diffgemma.mlx_backend.kernels.launch import Kernel
 from tests.metal_cpu import runner
-from tests.metal_cpu.compile import ATTRIBUTES, NotMetal, shared_variables, signature, translated
 from tests.metal_cpu.metal import call, kernel, run
 from tests.metal_cpu.text import FIELDS, generated, read_node
+from tests.metal_cpu.translate import ATTRIBUTES, NotMetal, shared_variables, signature, translated
 
 # Everything that MLX writes a signature from: template values of three kinds, few elements, no dimension, shape,
 # strides and ndim, attributes, a header.
 EXAMPLE = """
 import mlx.core as mx
-from mlx_diffgemma.mlx_backend.kernels.launch import Kernel
+from mlx_diffgemma.mlx_backend.kernels.launch import PRELUDE, Kernel
 KERNEL = Kernel(
     "example", ("a", "b", "c"), ("o", "p"),
     "const uint i = thread_position_in_grid.x + thread_index_in_simdgroup * 0;\\n"
@@ -36,7 +36,8 @@ ARGUMENTS = {
 """
 PRINTED = """
 def traced(*inputs):
-    made = mx.fast.metal_kernel(KERNEL.name, KERNEL.inputs, KERNEL.outputs, KERNEL.source, KERNEL.header)
+    header = PRELUDE + KERNEL.header
+    made = mx.fast.metal_kernel(KERNEL.name, KERNEL.inputs, KERNEL.outputs, KERNEL.source, header)
     return made(inputs=list(inputs), verbose=True, **ARGUMENTS)
 mx.export_function(lambda node: None, traced, *INPUTS)
 """
@@ -82,7 +83,7 @@ def test_few_things_change_on_the_way_to_cpp():
     assert cpp.count("\n") == text.count("\n") + 3  # two lines before, one behind
     assert "x[0][1] * 0.1f + 1e-3f + 2.f + 0x1p3f + 3.25f + 1.f;" in cpp
     assert "reads" not in cpp and "const threadgroup float* y = x[0];" in cpp
-    assert "float x_type[2][4];" in cpp and "x_type& x = metal_cpu::threadgroup_variable<x_type>(0, " in cpp
+    assert "<float> x_type[2][4];" in cpp and "x_type& x = metal_cpu::threadgroup_variable<x_type>(0, " in cpp
     assert signature(text)[0] == ("o",)
 
 

@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.metal_cpu.compile import ATTRIBUTES
 from tests.metal_cpu.metal import INDEX, call, floats, kernel, run
 from tests.metal_cpu.runner import Fault, emulate, thread_order
+from tests.metal_cpu.translate import ATTRIBUTES
 
 ORDERS = range(4)
 GRID, MOST = (5, 7, 3), (4, 3, 2)  # threadgroups are cut off at every edge
@@ -150,6 +150,24 @@ def test_threads_may_end_early_where_nobody_waits(order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "last",
+    [
+        "simd_sum(a[i]);", "o[i] = 2; simdgroup_barrier(mem_flags::mem_none);", "wait();", "o[i] = simd_max(a[i]);",
+        "if (simdgroup_index_in_threadgroup == 1) o[i] = simd_min(a[i]);",
+    ],
+)  # fmt: skip
+def test_a_kernel_may_end_with_an_operation(last, order):
+    """Lanes end one by one, right behind it, while others have yet to come back from it. The next threadgroup runs."""
+    header = "METAL_FUNC void wait() { threadgroup_barrier(mem_flags::mem_threadgroup); }\n"
+    source = f"o[i] = 2; if (simd_sum(a[i]) == 0) o[i] = 3; {last}"
+    twice = mx.ones((200,)) * 2
+    for _ in range(2):
+        found = run(source, twice, threads=72, order=order, header=header, grid=(200, 1, 1), out=((200,), mx.float32))
+        assert found.tolist() == [2] * 200
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_atomics(order):
     source = """
     threadgroup atomic_uint n[8];
@@ -204,5 +222,5 @@ def test_a_grid_without_threads_is_refused():
 def test_lines_of_messages_are_those_of_the_text():
     with pytest.raises(Fault, match=r"line (\d+)") as caught:
         run("if (i < 5)\n/* a\ncomment */ threadgroup_barrier(mem_flags::mem_threadgroup);\no[i] = 0;", threads=64)
-    # the signature has three lines, then come INDEX and three of the source
-    assert f"line {3 + INDEX.count(chr(10)) + 3} " in str(caught.value)
+    # PRELUDE has one line, the signature three, then come INDEX and three of the source
+    assert f"line {1 + 3 + INDEX.count(chr(10)) + 3} " in str(caught.value)

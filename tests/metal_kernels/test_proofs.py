@@ -201,7 +201,7 @@ def test_the_workflow_calls_what_there_is():
 
     workflow = yaml.safe_load((ROOT / ".github/workflows/macos.yml").read_text())
     job = workflow["jobs"]["metal-vm"]
-    assert job["strategy"]["matrix"]["os"] == ["macos-14", "macos-15"] and workflow["name"] == "metal-vm"
+    assert job["strategy"]["matrix"]["os"] == ["macos-15", "macos-26"] and workflow["name"] == "metal-vm"
     steps = job["steps"]
     assert {"python-version": "3.11"} in [step.get("with") for step in steps]
     lines = [step["run"] for step in steps if "run" in step]

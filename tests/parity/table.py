@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -27,10 +28,12 @@ def table(found: list[dict], key: str, models: tuple[str, ...]) -> str:
     for entry in found:
         row, model = cases[entry[key]], entry.get("model", "")
         row[model] = max(row.get(model, 0.0), entry["difference"])
-    worst = {model: max((row[model] for row in cases.values() if model in row), default=0.0) for model in models}
+    seen = [model for model in models if any(model in row for row in cases.values())]
+    worst = {model: max(row[model] for row in cases.values() if model in row) for model in seen}
     lines = [f"{'':44}" + "".join(f"{model:>11}" for model in models)]
     for case, row in [*cases.items(), ("worst", worst)]:
-        lines.append(f"{case:44}" + "".join(f"{row[m]:11.1e}" if m in row else f"{'':11}" for m in models))
+        figures = "".join(f"{row[m]:11.1e}" if m in row else f"{'':11}" for m in models)
+        lines.append(f"{case:44}{figures}".rstrip())
     return "\n".join(lines)
 
 
@@ -61,8 +64,11 @@ def line(what: str, name: str, shown: list[str]) -> str:
     return f"  {what:14}{name:18}{', '.join(shown)}"
 
 
-def main() -> None:
+def main() -> int:
     found = entries()
+    if not found:
+        print(f"no record in {REPORT}; run make test", file=sys.stderr)
+        return 2
     for key, (title, models) in TABLES.items():
         print(title)
         print(table([entry for entry in found if key in entry and "difference" in entry], key, models))
@@ -74,7 +80,8 @@ def main() -> None:
         if "difference" not in entry and entry.get("what") not in ("interpreted", "compiled", *NO_CHIP):
             name = entry.pop("test")
             print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in entry.items()))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from mlx_diffgemma.__main__ import main as package_main
 from mlx_diffgemma.backend import Choice, installed
 from mlx_diffgemma.commands import bench as command
 from mlx_diffgemma.errors import OptionError
+from mlx_diffgemma.hub import DEMO
 from mlx_diffgemma.tools import bench, bench_report, plan, work_ends
 from tests.conftest import load_model
 from tests.core.scripted import CANVAS, STEPS, Scripted, processor
@@ -36,13 +38,20 @@ def load(model):
     print("noise on stdout")
     if model == "broken":
         raise SystemExit("no such model")
-    return None, Tokenizer()
+    return model, Tokenizer()
 
 def stream_generate(model, tokenizer, prompt, max_tokens):
+    if model == "brittle" and max_tokens != 8:
+        raise ValueError("out of memory")
     for i in range(max_tokens):
         time.sleep(0.002)
         yield SimpleNamespace(generation_tokens=i + 1, peak_memory=1.5)
 """
+
+
+@pytest.fixture(autouse=True)
+def as_wide_as_a_pipe(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 # ---- --plan
@@ -58,11 +67,57 @@ def test_the_plan_as_people_see_it(capsys):
     assert text.startswith("diffusiongemma-26B-A4B-it, 4bit: one denoising step of 256 tokens behind 4,096\n")
     assert "m4-max: 546 GB/s, 40 GPU cores, 16.2 TFLOP/s" in text and "nothing here was measured" in text
     for part in work_ends.PARTS:
-        assert f"\n {part} " in text
+        assert f"\n{part} " in text
     assert "copies of the prefix per step: 0 bytes" in text
-    assert "goal: under 18 GB" in text and "fits Macs from 24 GB on" in text
+    assert "goal: under 18 GB, met" in text and "fits Macs from 24 GB on" in text
+    assert "judged as load does: without kernels" in text
     assert "\x1b" not in text, "a pipe gets no colours"
     assert max(map(len, text.splitlines())) <= 120
+    assert text.splitlines() == [line.rstrip() for line in text.splitlines()]
+
+
+def figures(text: str, part: str) -> list[str]:
+    return re.search(rf"^{part}  +(.*)$", text, re.M)[1].split()
+
+
+def test_the_plan_fits_a_narrow_terminal_by_columns_not_digits(capsys, monkeypatch):
+    whole = planned(capsys)
+    assert len(figures(whole, "step")) == 6
+    for width, columns in ((200, 6), (80, 6), (73, 6), (72, 5), (60, 4), (50, 3), (40, 2), (20, 2)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        text = planned(capsys)
+        assert max(map(len, text.splitlines())) <= max(width, 42)
+        shown = figures(text, "step")
+        assert len(shown) == columns and [figure for figure in figures(whole, "step") if figure in shown] == shown
+        assert "kernels" in text and "floor ms" in text
+    monkeypatch.setenv("COLUMNS", "80")
+    assert planned(capsys).count("floor ms") == 2, "neither column reads as measured"
+
+
+def test_the_plan_of_a_mac_that_is_too_small(capsys):
+    text = planned(capsys, "--chip", "m1")
+    assert "\ntoo large for any m1: that was sold with 16 GB at most\n" in text
+    assert "too large" not in planned(capsys, "--chip", "m1-pro")
+
+
+def test_the_goal_is_that_of_one_row_and_4096_tokens(capsys):
+    assert "goal" in planned(capsys, "--prompt-tokens", "4096").split("memory")[-2]
+    for options in (["--prompt-tokens", "4097"], ["--batch", "2"], ["--bits", "8bit"]):
+        assert "goal: under" not in planned(capsys, *options)
+
+
+def test_macs_are_judged_by_the_version_that_takes_more(capsys):
+    found = json.loads(planned(capsys, "--json"))["memory"]
+    assert found["total"] == found["plain_total"] > found["fused_total"]
+    assert found["smallest"] == found["smallest_fused"] == 24
+    between = json.loads(planned(capsys, "--prompt-tokens", "13000", "--json"))["memory"]
+    assert between["smallest"] == 32 and between["smallest_fused"] == 24
+    assert ". With kernels from 24 GB on" in " ".join(planned(capsys, "--prompt-tokens", "13000").split())
+
+
+def test_a_rounded_extent_is_multiplied_by_plain_operations(capsys):
+    assert "plain operations multiply" not in planned(capsys)
+    assert "GFLOP: with kernels; plain operations multiply 2,5" in planned(capsys, "--prompt-tokens", "1500")
 
 
 def test_the_plan_as_json(capsys):
@@ -87,7 +142,10 @@ def test_a_slower_chip_has_a_higher_floor(capsys):
 
 def test_the_plan_of_survivors(capsys):
     text = planned(capsys, "--self-conditioning", "survivors", "--survivors", "200")
-    assert "survivors: 200 per row are assumed" in text and "378 to 0" in text
+    assert (
+        "survivors: 200 per row are assumed" in text and "GFLOP: with kernels; plain operations multiply 2,661" in text
+    )
+    assert figures(text, "soft embedding")[-3] == "0"
 
 
 def test_the_plan_of_other_models(capsys, tmp_path):
@@ -114,6 +172,7 @@ def test_the_plan_writes_a_file(capsys, tmp_path):
     assert "vocabulary + attention" in planned(capsys, "--json", str(place))
     assert json.loads(place.read_text())["model"] == plan.NAME
     assert [path.name for path in place.parent.iterdir()] == ["plan.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_the_plan_needs_no_framework(tmp_path):
@@ -127,9 +186,27 @@ def test_the_plan_needs_no_framework(tmp_path):
     assert json.loads(done.stdout)["format"] == "4bit"
 
 
+SURVIVORS = ["--plan", "--self-conditioning", "survivors", "--survivors"]
 MISTAKES = [
     (["--plan", "--chip", "m9"], "chip 'm9' is unknown; choose one of m1, "),
-    (["--plan", "--bits", "3"], "--bits 3 is unknown; choose bf16, 4bit"),
+    (["--plan", "--bits", "3"], "--bits '3' is unknown; choose bf16, 4bit"),
+    (["--plan", "--bits", ""], "--bits '' is unknown; choose bf16, 4bit"),
+    (["--plan", "--model", ""], "--model is empty"),
+    (["--model", ""], "--model is empty"),
+    (["--plan", "--survivors", "9"], "--survivors needs --self-conditioning survivors"),
+    ([*SURVIVORS, "nan"], "--survivors nan must be from 1 to 262,144"),
+    ([*SURVIVORS, "inf"], "--survivors inf must be from 1 to 262,144"),
+    ([*SURVIVORS, "0"], "--survivors 0 must be from 1 to 262,144"),
+    ([*SURVIVORS, "262145"], "must be from 1 to 262,144, which is the vocabulary"),
+    (["--plan", "--kept", "257"], "--kept 257 must be from 1 to 256, which is the canvas"),
+    (["--plan", "--prompt-tokens", "262144"], "--prompt-tokens 262,144 and a canvas of 256 are too many; the context"),
+    (["--plan", "--model", "demo", "--prompt-tokens", "1000"], "the context holds 1,024"),
+    (["--peer-python", "python"], "--peer-python needs --against or --against-ar"),
+    (
+        ["--prompt-tokens", "1000"],
+        "--prompt-tokens 1,000 and --blocks 2 of 48 each are too many; the context holds 1,024",
+    ),
+    (["--blocks", "99"], "--blocks 99 of 48 tokens each are too many behind "),
     (
         ["--plan", "--model", "org/name"],
         "--plan downloads nothing; give a folder, a config.json, demo, or leave it out",
@@ -153,6 +230,60 @@ def test_mistakes_are_one_line(options, message, capsys):
     captured = capsys.readouterr()
     assert captured.err.startswith("mlx_diffgemma.bench: ") and message in captured.err
     assert captured.err.count("\n") == 1 and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "given", ["", ".", "new/", "/proc/plan.json", "/proc/new/plan.json", "file/plan.json", "n" * 300]
+)
+@pytest.mark.parametrize("mode", [["--plan"], []], ids=["plan", "measure"])
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(mode, given, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "new").mkdir()
+    for work in ("load", "planned"):
+        monkeypatch.setattr(command, work, lambda *args, **named: pytest.fail("this is work"))
+    assert command.main([*mode, "--json", given]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("mlx_diffgemma.bench: --json ") and captured.err.count("\n") == 1
+    assert captured.out == "" and sorted(path.name for path in tmp_path.iterdir()) == ["file", "new"]
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_config_that_is_wrong_is_named(capsys, tmp_path):
+    for place in (tmp_path / "mine.json", tmp_path / "folder" / "config.json"):
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(plan.PUBLISHED.read_text().replace('"canvas_length": 256', '"canvas_length": -1'))
+        given = place if place.name == "mine.json" else place.parent
+        assert command.main(["--plan", "--model", str(given)]) == 2
+        err = capsys.readouterr().err
+        assert str(place) in err and "canvas_length" in err and err.count("\n") == 1
+
+
+def test_the_plan_of_a_folder_that_has_only_a_config(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(plan.PUBLISHED.read_text())
+    text = planned(capsys, "--model", str(tmp_path), "--bits", "mxfp4")
+    assert text.startswith(f"{tmp_path.name}, mxfp4: one denoising step of 256 tokens")
+
+
+def test_a_closed_pipe_ends_it_quietly():
+    for options in (["--plan"], ["--plan", "--json"]):
+        with subprocess.Popen(
+            [sys.executable, "-m", "mlx_diffgemma", "bench", *options],
+            cwd=ROOT,
+            env={name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_help_says_each_default_once(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("m4-max") == 1 and "demo (default); with --plan" in text and "(default: the 26B)" in text
 
 
 def test_it_is_a_command_of_the_package(capsys):
@@ -203,6 +334,10 @@ def test_the_report_can_be_pasted():
         assert f"\n| {name} | " in text
     tables = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in tables} == {5}
+    assert lines[2] == "Options: none. Approximations: none."
+    record |= {"options": {"tail": "hold"}}
+    record["conditions"]["model"]["approximations"] = ["tail='hold': so and so"]
+    assert "\nOptions: tail='hold'. Approximations: tail='hold': so and so.\n" in bench_report.markdown(record)
 
 
 def peers(monkeypatch, tmp_path: Path) -> None:
@@ -222,7 +357,17 @@ def test_a_peer_takes_turns(monkeypatch, tmp_path):
     assert ours["min"] / peer["tokens_per_second"]["max"] <= peer["ratio"]["min"] <= peer["ratio"]["max"]
     text = bench_report.markdown(record)
     row = next(line for line in text.splitlines() if line.startswith("| mlx-lm 9.9 some/model |"))
-    assert row.count("|") == 6 and f"{peer['ratio']['median']:.2f} (" in row
+    assert row.count("|") == 7 and f"{peer['ratio']['median']:.2f} (" in row
+    assert "| 1.50 GB |" in row and "peak memory" in text and " GB |" in row
+
+
+def test_steps_per_canvas_of_a_peer_that_denoises():
+    assert bench.steps_per_canvas({"steps": 60, "canvas_tokens": 512.0}, 256) == {"steps_per_canvas": 30.0}
+    assert bench.steps_per_canvas({"tokens": 9}, 256) == {}
+    known = {"min": 29.0, "median": 30.0, "max": 31.0}
+    told = {"kind": "mlx-vlm", "versions": {"mlx-vlm": "1"}, "model": "m", "tokens_per_second": known, "first": known}
+    row = bench_report.peer_row(told | {"peak_memory": {"median": 0.05}, "ratio": None, "steps_per_canvas": known})
+    assert row == "| mlx-vlm 1 m | 30.0 | 30.0 | 30,000 | 50.0 MB | no tokens |"
 
 
 def test_a_missing_peer_is_one_line():
@@ -231,13 +376,39 @@ def test_a_missing_peer_is_one_line():
     assert record["missing"] == [
         f"mlx-lm is not installed in {sys.executable}: pip install mlx-lm, then run this again"
     ]
-    assert bench_report.markdown(record).endswith(record["missing"][0])
+    assert record["missing"][0] not in bench_report.markdown(record), "it is said once, on stderr"
 
 
 def test_a_peer_that_cannot_load_is_one_line(monkeypatch, tmp_path):
     peers(monkeypatch, tmp_path)
     record, _ = measured([bench.Rival("mlx-lm", "broken")], rounds=1)
-    assert record["missing"] == ["mlx-lm could not load broken; its own error is above"]
+    assert record["missing"] == ["mlx-lm could not load broken: no such model"]
+
+
+def test_a_peer_that_ends_in_between_does_not_take_ours_with_it(monkeypatch, tmp_path):
+    peers(monkeypatch, tmp_path)
+    said: list[str] = []
+    model, speaker = Talkative("abcdefgh" * 4), processor()
+    task = bench.task(model, speaker, tokens=None, blocks=2, rounds=2, question="why")
+    record = bench.measure(model, speaker, SCRIPTED, task, [bench.Rival("mlx-lm", "brittle")], said.append)
+    assert record["missing"] == ["mlx-lm ended while answering: ValueError: out of memory"]
+    assert said.count(record["missing"][0]) == 1 and record["peers"] == []
+    assert record["ours"]["tokens"]["median"] == 2 * CANVAS
+
+
+def test_a_peer_that_was_asked_for_and_failed_is_one_line_and_the_status(capfd, monkeypatch, tmp_path):
+    peers(monkeypatch, tmp_path)
+    options = ["--backend", "cpu", "--rounds", "1", "--blocks", "1", "--against-ar", "broken"]
+    assert command.main(options) == 1
+    captured = capfd.readouterr()
+    assert captured.err.count("no such model") == 1 and "Traceback" not in captured.err + captured.out
+    assert "mlx-lm" not in captured.out and "| ms per step |" in captured.out
+
+
+def test_mlx_vlm_gets_the_folder_of_the_demo():
+    options = command.parser().parse_args(["--against", "mlx-vlm", "--peer-python", "py"])
+    assert command.rivals_of(options, "demo") == [bench.Rival("mlx-vlm", str(DEMO), "py")]
+    assert command.rivals_of(options, "org/name") == [bench.Rival("mlx-vlm", "org/name", "py")]
 
 
 def test_a_python_that_is_not_there(tmp_path):
@@ -252,8 +423,10 @@ def test_a_prompt_of_so_many_tokens():
     assert len(short.ids) < 60 - 4 < len(long.ids) <= 60
     with pytest.raises(OptionError, match="too few; the question alone has 10"):
         bench.task(model, speaker, tokens=5, blocks=1, rounds=1, question="why")
-    with pytest.raises(OptionError, match="the context holds 256"):
-        bench.task(model, speaker, tokens=255, blocks=1, rounds=1, question="why")
+    with pytest.raises(OptionError, match=r"--prompt-tokens 255 and --blocks 1 .* the context holds 256"):
+        bench.task(model, None, tokens=255, blocks=1, rounds=1, question="why")
+    with pytest.raises(OptionError, match=r"--blocks 99 .* behind 10; the context holds 256"):
+        bench.task(model, speaker, tokens=None, blocks=99, rounds=1, question="why")
 
 
 def test_parts_of_the_demo(capsys, tmp_path):
@@ -272,4 +445,18 @@ def test_parts_of_the_demo(capsys, tmp_path):
     assert calls["dense MLP"] == 4 * layers + 1 and calls["experts"] == 3 * layers
     assert calls["embedding, conditioning"] == 3
     assert all(0 < part["min"] <= part["milliseconds"] <= part["max"] for part in record["parts"].values())
+    assert record["options"] == {"backend": "mlx"} and record["conditions"]["model"]["approximations"] == []
     assert installed("mlx") and record["conditions"]["versions"]["mlx"]
+
+
+def test_the_vocabulary_is_timed_as_the_model_makes_it(capsys, tmp_path):
+    place = tmp_path / "bench.json"
+    options = ["--backend", "mlx", "--rounds", "1", "--blocks", "1", "--self-conditioning", "survivors"]
+    assert command.main([*options, "--json", str(place)]) == 0
+    captured, record = capsys.readouterr(), json.loads(place.read_text())
+    (name,) = (name for name in record["parts"] if name.startswith("head product"))
+    assert re.fullmatch(
+        r"head product, vocabulary passes, soft embedding \(survivors, (0|25|100)% of rows dense\)", name
+    )
+    assert record["options"]["self_conditioning"] == "survivors"
+    assert "Options: backend='mlx', self_conditioning='survivors'. Approximations: self_conditioning" in captured.out

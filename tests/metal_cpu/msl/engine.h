@@ -26,11 +26,12 @@ struct Engine {
 
 extern "C" {
 extern metal_cpu::Engine metal_cpu_engine;
-// Neither call is merged with an equal one of another branch: see `from` in engine/threadgroup.h.
+// No call is merged with an equal one of another branch or, at the end of a function, made a jump: see `from` in
+// engine/threadgroup.h.
 // Waits until every thread of the threadgroup has reached the same place.
-__attribute__((nomerge)) void metal_cpu_barrier(int place);
+__attribute__((nomerge, not_tail_called)) void metal_cpu_barrier(int place);
 // Waits until every lane of the simdgroup has reached the same place; `combine` then runs once, for all of them.
-__attribute__((nomerge)) void metal_cpu_together(int place, metal_cpu::Combine combine);
+__attribute__((nomerge, not_tail_called)) void metal_cpu_together(int place, metal_cpu::Combine combine);
 // Memory of a threadgroup variable, poisoned for this threadgroup, at the end of a page. `which` counts variables.
 void* metal_cpu_claim(int which, ulong bytes);
 [[noreturn]] void metal_cpu_fail(const char* message);

@@ -1,18 +1,6 @@
 // The words that Metal adds to C++. Included last: from here on the text is Metal.
 #pragma once
 
-// Pointers are told apart by address space, as in Metal: one to device memory is none to threadgroup memory. Objects of
-// classes cannot live in clang's address spaces, so a text with structs of its own is compiled without.
-#ifdef METAL_CPU_ADDRESS_SPACES
-#define device __attribute__((address_space(1)))
-#define constant __attribute__((address_space(2)))
-#define threadgroup __attribute__((address_space(3)))
-#else
-#define device
-#define constant
-#define threadgroup
-#endif
-#define thread
 #define METAL_FUNC static inline
 #define INFINITY __builtin_inff()
 #define NAN __builtin_nanf("")
