@@ -58,7 +58,7 @@ def test_logits(lengths, record):
     folder = tiny.checkpoint()
     fused = load_mlx(open_checkpoint(folder), kernels="fused", dtype="float32")
     worst = compared(fused, plain(folder, dtype="float32"), lengths, 512)
-    record(what="cpu-emulated", kernels="all", difference=worst)
+    record(kernels="all, cpu-emulated", rows=len(lengths), logits_apart=worst)
 
 
 @pytest.mark.parametrize("kind", ["affine4", "all affine4", "all nvfp4"])
