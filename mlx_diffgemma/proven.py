@@ -1,4 +1,5 @@
-"""What was shown to work where: the rows of a ``proven.json``, which the tests of kernels write on the hardware itself.
+"""What was shown to work where: the rows of a ``proven.json``, which the tests of kernels write on the hardware itself,
+and what a backend makes of them when it loads a model.
 
 A row is flat: its key (kernel, device, dtype, versions), and whatever else is worth knowing of the run. Which names the
 key has, each backend decides; a row counts where all of them match. Nothing here knows what a kernel is.
@@ -10,10 +11,46 @@ import datetime
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Which kernels run.
+
+    Args:
+        requested: "auto", "ops" or "fused".
+        device: where they would; ``None`` where there is nothing to run them.
+        reasons: of every kernel that the model has a use for, why it does not run; "" where it does.
+        exceptions: kernels that run, but not everywhere -> where they do not.
+    """
+
+    requested: str
+    device: Any
+    reasons: Mapping[str, str]
+    exceptions: Mapping[str, str]
+
+    def on(self, kernel: str) -> bool:
+        return self.reasons.get(kernel) == ""
+
+    @property
+    def fused(self) -> list[str]:
+        """The kernels that run."""
+        return [kernel for kernel in self.reasons if self.on(kernel)]
+
+    def describe(self, **marks: Any) -> dict[str, Any]:
+        """The mode, the kernels that run, ``marks``, and the other kernels by their reason."""
+        off: dict[str, list[str]] = {}
+        for kernel, reason in self.reasons.items():
+            if reason:
+                off.setdefault(reason, []).append(kernel)
+        found = {"mode": self.requested, "fused": self.fused, **marks}
+        found |= {"except": dict(self.exceptions)} if self.exceptions else {}
+        return found | ({"ops": off} if off else {})
 
 
 def read_rows(path: Path) -> list[Row]:

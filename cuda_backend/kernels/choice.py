@@ -7,7 +7,7 @@ The rest runs on plain torch, and ``describe()`` says why.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 
 from mlx_diffgemma.backend import LoadOptions
 from mlx_diffgemma.errors import BackendError, OptionError
-from mlx_diffgemma.proven import Row, covered, major_minor, read_rows, write_row
+from mlx_diffgemma.proven import Row, Verdicts, covered, major_minor, read_rows, write_row
 
 from ..linear import Quantized, Stack, Weight, takes_fp8
 from ..weights import Weights
@@ -56,45 +56,21 @@ class Gpu:
 INTERPRETER = Gpu("Triton's interpreter", 0, CARDS[90])  # kernels run as if for that card, on a CPU
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What runs.
+class Choice(Verdicts):
+    """What runs, and on which ``gpu``."""
 
-    Args:
-        requested: "auto", "ops" or "fused".
-        gpu: None without one.
-        reasons: of every kernel that the model has a use for, why it does not run; "" where it does.
-        exceptions: kernels that run, but not everywhere -> where they do not.
-    """
-
-    requested: str
-    gpu: Gpu | None
-    reasons: Mapping[str, str]
-    exceptions: Mapping[str, str]
-
-    def on(self, kernel: str) -> bool:
-        return self.reasons.get(kernel) == ""
+    @property
+    def gpu(self) -> Gpu | None:
+        """``None`` without one."""
+        return self.device
 
     @property
     def card(self) -> Card:
         assert self.gpu and self.gpu.card, "no kernel is on"
         return self.gpu.card
 
-    @property
-    def fused(self) -> list[str]:
-        """The kernels that run."""
-        return [kernel for kernel in self.reasons if self.on(kernel)]
-
-    def describe(self) -> dict[str, Any]:
-        """The mode, the kernels that run, and the others by their reason."""
-        off: dict[str, list[str]] = {}
-        for kernel, reason in self.reasons.items():
-            if reason:
-                off.setdefault(reason, []).append(kernel)
-        found: dict[str, Any] = {"mode": self.requested, "fused": self.fused}
-        found |= {"interpreted": True} if self.gpu is INTERPRETER else {}
-        found |= {"except": dict(self.exceptions)} if self.exceptions else {}
-        return found | ({"ops": off} if off else {})
+    def describe(self, **marks: Any) -> dict[str, Any]:
+        return super().describe(**marks, **({"interpreted": True} if self.gpu is INTERPRETER else {}))
 
 
 # ---- what there is

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ...config import TextConfig
 from ...errors import OptionError
-from ...proven import Row, covered, major_minor, matches, read_rows, write_row
+from ...proven import Row, Verdicts, covered, major_minor, matches, read_rows, write_row
 from ..linear import Linear
 from .attention import Visible, canvas_attention_kernel, canvas_attention_ops
 from .attention_rule import RULES, family, kernel_wins
@@ -30,40 +30,16 @@ PROVEN = Path(__file__).with_name("proven.json")
 MATRICES = ("canvas_attention",)  # kernels that need simdgroup_matrix, which a virtual machine's GPU lacks
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What runs.
-
-    Args:
-        requested: "auto", "ops" or "fused".
-        chip: None where MLX computes on a CPU.
-        reasons: of every kernel that the model has a use for, why it does not run; "" where it does.
-        exceptions: kernels that run, but not everywhere -> where they do not.
-    """
-
-    requested: str
-    chip: Chip | None
-    reasons: Mapping[str, str]
-    exceptions: Mapping[str, str]
-
-    def on(self, kernel: str) -> bool:
-        return self.reasons.get(kernel) == ""
+class Choice(Verdicts):
+    """What runs, and on which ``chip``."""
 
     @property
-    def fused(self) -> list[str]:
-        """The kernels that run."""
-        return [kernel for kernel in self.reasons if self.on(kernel)]
+    def chip(self) -> Chip | None:
+        """``None`` where MLX computes on a CPU."""
+        return self.device
 
-    def describe(self) -> dict[str, Any]:
-        """The mode, the kernels that run, and the others by their reason."""
-        off: dict[str, list[str]] = {}
-        for kernel, reason in self.reasons.items():
-            if reason:
-                off.setdefault(reason, []).append(kernel)
-        found: dict[str, Any] = {"mode": self.requested, "fused": self.fused}
-        found |= {"emulated": True} if self.chip is EMULATED else {}
-        found |= {"except": dict(self.exceptions)} if self.exceptions else {}
-        return found | ({"ops": off} if off else {})
+    def describe(self, **marks: Any) -> dict[str, Any]:
+        return super().describe(**marks, **({"emulated": True} if self.chip is EMULATED else {}))
 
 
 # ---- what there is
