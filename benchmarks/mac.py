@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = Path("build", "mac")
 NEEDED = ("mlx", "pytest", "tokenizers")
 TESTS = "tests/metal_kernels"
+AUTOREGRESSIVE = "mlx-community/gemma-4-26b-a4b-it-4bit"  # the twin that writes token by token
+ROOM = 18 * 10**9  # bytes of one model of that size; peers are in memory together with ours
 WITH_MATRICES = f"{TESTS}/test_attention*.py"  # of kernels that need simdgroup_matrix, which no virtual machine has
 
 
@@ -36,12 +38,22 @@ def problem() -> str:
     return "" if mx.metal.is_available() else f"MLX in {sys.executable} sees no Metal GPU"
 
 
-def commands(model: str, virtual: bool) -> list[list[str]]:
+def peers(model: str, memory: int) -> list[str]:
+    """Options for what ours is measured beside: what is installed and has room. The demo is known to none of them."""
+    installed = {"mlx_lm": ["--against-ar", AUTOREGRESSIVE], "mlx_vlm": ["--against", "mlx-vlm"]}
+    found = [] if model == "demo" else [name for name in installed if importlib.util.find_spec(name)]
+    fitting = found[: max(0, memory // ROOM - 1)]
+    for name in found[len(fitting) :]:
+        print(f"{name} is left out: {memory / 1e9:.0f} GB have no room for its model beside the others", flush=True)
+    return [option for name in fitting for option in installed[name]]
+
+
+def commands(model: str, virtual: bool, beside: list[str]) -> list[list[str]]:
     tests = [sys.executable, "-m", "pytest", "-m", "metal", "--continue-on-collection-errors", TESTS]
     if virtual:
         tests.append(f"--ignore-glob={WITH_MATRICES}")
     bench = [sys.executable, "-m", "mlx_diffgemma", "bench", "--model", model, "--json", str(OUT / "bench.json")]
-    return [tests, bench]
+    return [tests, bench + beside]
 
 
 def report(virtual: bool) -> str:
@@ -65,6 +77,7 @@ def main() -> int:
     if found := problem():
         print(f"make mac: {found}", file=sys.stderr)
         return 2
+    from mlx_diffgemma.mlx_backend import memory
     from mlx_diffgemma.mlx_backend.kernels.chip import chip_here
 
     chip = chip_here()
@@ -72,7 +85,8 @@ def main() -> int:
     print(f"{chip.name} ({chip.architecture}), macOS {platform.mac_ver()[0]}", flush=True)
     (ROOT / OUT).mkdir(parents=True, exist_ok=True)
     # Should a kernel fail, measuring goes on without it.
-    status = [subprocess.call(command, cwd=ROOT) for command in commands(model, chip.virtual)]
+    todo = commands(model, chip.virtual, peers(model, memory("auto")))
+    status = [subprocess.call(command, cwd=ROOT) for command in todo]
     print(report(chip.virtual))
     return max(map(abs, status))
 

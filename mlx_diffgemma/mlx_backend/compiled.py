@@ -25,12 +25,12 @@ class Compiled(Generic[T]):
     def __init__(self, function: Callable[..., T]):
         self.function = function
         self._made: OrderedDict[Hashable, Callable[..., T]] = OrderedDict()
-        self._traced: list[Hashable] = []  # one entry a trace
+        self._traced = [0]
 
     @property
     def traces(self) -> int:
         """How often the function was traced."""
-        return len(self._traced)
+        return self._traced[0]
 
     def __call__(self, *args: Any) -> T:
         leaves: list[mx.array] = []
@@ -43,8 +43,8 @@ class Compiled(Generic[T]):
         return self._made[skeleton](*leaves)
 
 
-def compiled(function: Callable[..., T], skeleton: Any, traced: list[Hashable]) -> Callable[..., T]:
-    """``function`` of trees like ``skeleton``, as a function of their arrays; it notes in ``traced`` when it is traced.
+def compiled(function: Callable[..., T], skeleton: Any, traced: list[int]) -> Callable[..., T]:
+    """``function`` of trees like ``skeleton``, as a function of their arrays; and ``traced`` counts how often it is.
 
     It knows nothing of who keeps it, so that weights are let go with the model and not when cycles are collected.
     """
@@ -53,7 +53,7 @@ def compiled(function: Callable[..., T], skeleton: Any, traced: list[Hashable]) 
     def flat(*leaves: mx.array) -> list[mx.array]:
         out: list[mx.array] = []
         results[:] = [split(function(*join(skeleton, iter(leaves))), out)]
-        traced.append(skeleton)
+        traced[0] += 1
         return out
 
     fast = mx.compile(flat)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 
+import evaluate
 import numpy as np
 import pytest
+import tasks
 
 from mlx_diffgemma import load
 from mlx_diffgemma.api import batch_generate, generate
@@ -205,6 +207,19 @@ def test_answers_stay_what_they_were(options, monkeypatch):
         found = generate(*demo(**options), prompt, **every)
         assert found.text == expected.text and found.tokens == expected.tokens, prompt
     assert any(x.rows for x in seen) if "tail" in options else any(x.dense == 0 for x in seen)
+
+
+@functools.cache
+def two_thousand(**options) -> list[str]:
+    examples = tasks.evaluation_set(2000)
+    return [answer.text for answer in evaluate.answers(*demo(**options), examples)]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("options", [{"tail": "hold"}, {"self_conditioning": "survivors"}], ids=lambda x: next(iter(x)))
+def test_no_answer_changes(options):
+    """The demo's 2,000 held-out prompts, as the README says."""
+    assert two_thousand(**options) == two_thousand()
 
 
 def test_in_a_batch_too():

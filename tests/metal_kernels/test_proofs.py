@@ -254,6 +254,18 @@ def test_tests_run_and_then_the_benchmark_whatever_they_say(chip, monkeypatch, c
     assert ('{"kernel": "look"' in said) != chip.virtual and ("metal-vm" in said) == chip.virtual
 
 
+def test_peers_that_are_installed_and_have_room_are_measured_too(monkeypatch, capsys):
+    monkeypatch.setattr(mac.importlib.util, "find_spec", lambda name: name in ("mlx_lm", "mlx_vlm"))
+    both = ["--against-ar", mac.AUTOREGRESSIVE, "--against", "mlx-vlm"]
+    assert mac.peers("some/model", 96 * 10**9) == both and mac.peers("demo", 96 * 10**9) == []
+    assert mac.commands("some/model", False, both)[1][-4:] == both
+    assert capsys.readouterr().out == ""
+    assert mac.peers("some/model", 40 * 10**9) == both[:2] and "mlx_vlm is left out: 40 GB" in capsys.readouterr().out
+    assert mac.peers("some/model", 17 * 10**9) == []
+    monkeypatch.setattr(mac.importlib.util, "find_spec", lambda name: None)
+    assert mac.peers("some/model", 96 * 10**9) == []
+
+
 def test_what_a_virtual_machine_leaves_out_is_what_needs_matrices():
     """Kernels with simdgroup_matrix stand in files whose tests are left out, and those tests prove no other kernel."""
 

@@ -20,19 +20,9 @@ from mlx_diffgemma.tools import plan, plan_memory, work
 from mlx_diffgemma.tools.work import Load
 from tests import tiny
 from tests.formats.quantized import quantized
+from tests.tools.middle import SHAPE
 
 REAL = ModelConfig.from_dict(read_json(plan.PUBLISHED))
-SHAPE = {
-    "vocab_size": 8192,
-    "hidden_size": 256,
-    "intermediate_size": 192,
-    "moe_intermediate_size": 64,
-    "num_experts": 16,
-    "top_k_experts": 4,
-    "head_dim": 32,
-    "global_head_dim": 64,
-    "sliding_window": 64,
-}
 CANVAS, PROMPT, STEPS = 64, 200, 3
 SETTINGS = GenerationConfig(max_denoising_steps=STEPS, confidence_threshold=None)
 DTYPES = {"float32": 4, "bfloat16": 2}

@@ -18,19 +18,9 @@ from mlx_diffgemma.mlx_backend.economy import Saving
 from mlx_diffgemma.tools import work_ends
 from mlx_diffgemma.tools.work import Load
 from tests import tiny
+from tests.tools.middle import SHAPE
 from tests.tools.tape import as_on_a_gpu, bytes_of, compiled_passes, passes_of
 
-SHAPE = {
-    "vocab_size": 8192,
-    "hidden_size": 256,
-    "intermediate_size": 192,
-    "moe_intermediate_size": 64,
-    "num_experts": 16,
-    "top_k_experts": 4,
-    "head_dim": 32,
-    "global_head_dim": 64,
-    "sliding_window": 64,
-}
 CANVAS, PROMPT = 64, 200  # which is rounded up to 224
 SETTINGS = GenerationConfig(max_denoising_steps=3, confidence_threshold=None)
 
